@@ -1,0 +1,107 @@
+"""Image grids, curves and GIFs as files: PNG, and PDF for curves; the same bytes for the same data.
+
+Images are uint8, 0 to 255, and are shown as they are: nothing is rescaled to its own minimum and maximum, so any two
+panels can be compared.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from experiment import write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GAP = 2  # white pixels between the images of a grid
+TRAIN_COLOUR, VALIDATION_COLOUR, MARK_COLOUR = "#0072b2", "#d55e00", "#555555"  # distinct to the colour-blind
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Grey values in [0, 1] as the nearest of 0 .. 255; any shape."""
+    return (images.clamp(0, 1) * 255).round().byte()
+
+
+def tile(images: Tensor, columns: int, gap: int = GAP) -> np.ndarray:
+    """Images (n, 28, 28) uint8, row by row, as one (height, width) uint8 picture with white gaps of `gap` pixels.
+
+    Raises ValueError if n is no multiple of `columns`, or the images are not uint8.
+    """
+    images = images.cpu().numpy()
+    n, height, width = images.shape
+    if images.dtype != np.uint8 or n % columns:
+        raise ValueError(f"{n} images of {images.dtype} do not fill rows of {columns} with uint8")
+    grid = np.full((n // columns, columns, height + gap, width + gap), 255, np.uint8)
+    grid[:, :, :height, :width] = images.reshape(n // columns, columns, height, width)
+    whole = grid.transpose(0, 2, 1, 3).reshape(n // columns * (height + gap), columns * (width + gap))
+    return whole[: whole.shape[0] - gap, : whole.shape[1] - gap]
+
+
+def save_grid(path: Path, images: Tensor, columns: int, scale: int = 4) -> None:
+    """Write images (n, 28, 28) uint8 as a PNG, row by row, each pixel `scale` pixels wide."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(tile(images, columns).repeat(scale, 0).repeat(scale, 1)).save(buffer, "PNG", optimize=True)
+    write(path.with_suffix(".png"), buffer.getvalue())
+
+
+def save_gif(path: Path, pictures: Sequence[np.ndarray], milliseconds: int = 150, hold: int = 2000) -> None:
+    """Write (height, width) uint8 pictures as an endless GIF in 16 greys, the last one shown `hold` milliseconds."""
+    from PIL import Image
+
+    greys = [Image.fromarray((np.round(picture / 17) * 17).astype(np.uint8)) for picture in pictures]
+    buffer = io.BytesIO()
+    durations = [milliseconds] * (len(greys) - 1) + [hold]
+    greys[0].save(buffer, "GIF", save_all=True, append_images=greys[1:], duration=durations, loop=0)
+    write(path.with_suffix(".gif"), buffer.getvalue())
+
+
+def figure(width: float, height: float) -> tuple["Figure", "Axes"]:
+    """A figure of this size in inches with one pair of axes, drawn without a display."""
+    from matplotlib.figure import Figure
+
+    whole = Figure(figsize=(width, height), layout="constrained")
+    axes = whole.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return whole, axes
+
+
+def save_figure(path: Path, whole: "Figure", pdf: bool = True) -> None:
+    """Write a figure as PNG and, unless told not to, as PDF; without dates, which would change the bytes."""
+    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None}))[: 1 + pdf]:
+        buffer = io.BytesIO()
+        whole.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+        write(path.with_suffix(f".{kind}"), buffer.getvalue())
+
+
+def save_training_curves(path: Path, history: list[dict], keys: Sequence[str], ylabel: str, title: str) -> None:
+    """Write the history's two figures of merit `keys` (training, validation) per epoch.
+
+    The axis spans the values from epoch 1 on, as the untrained one would flatten the curves; that is told in words.
+    A run of which only epoch 0 is there shows that.
+    """
+    whole, axes = figure(5.2, 3.2)
+    epochs = [row["epoch"] for row in history]
+    for key, colour, label, style in zip(
+        keys, (TRAIN_COLOUR, VALIDATION_COLOUR), ("training", "validation"), ("-", "--")
+    ):
+        axes.plot(epochs, [row[key] for row in history], style, color=colour, label=label, marker=".", markersize=4)
+    if len(history) > 1:
+        shown = [row[key] for row in history[1:] for key in keys]
+        margin = 0.04 * (max(shown) - min(shown)) or 1
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+        axes.annotate(
+            f"untrained (epoch 0): {history[0][keys[1]]:.4g}, off the scale", (0.98, 0.5), xycoords="axes fraction",
+            ha="right", va="center", color=MARK_COLOUR, fontsize=8,
+        )  # fmt: skip
+    axes.set(xlabel="epoch", ylabel=ylabel, title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save_figure(path, whole)
