@@ -1,0 +1,374 @@
+"""Variational autoencoder of binarised MNIST (Kingma & Welling 2014; Rezende, Mohamed & Wierstra 2014).
+
+An encoder q(z|x) = N(mu(x), diag exp(logvar(x))) and a decoder p(x|z) of independent Bernoulli pixels, both fully
+connected, maximise the evidence lower bound on log p(x) with one reparametrised sample,
+
+    ELBO = E_q[log p(x|z)] - KL(q(z|x) || N(0, I)).                                          eq:elbo of the report
+
+    python code/vae.py              # not measured yet
+    python code/vae.py --z-dim 2    # not measured yet
+"""
+
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import experiment
+import mnist
+import pictures
+from experiment import Run, UserError, fixed_normal, fixed_uniform
+
+HIDDEN = 400  # units of every hidden layer
+WARMUP = 0.05  # of all steps
+EVALUATION_IMAGES = 10_000  # of the training images; validation and test have as many
+EVALUATION_BATCH = 1000
+MANIFOLD_SIDE = 20  # images along each axis
+QUADRATURE_LIMIT, QUADRATURE_POINTS = 6.0, 601  # the grid over [-6, 6]^2, points along each axis
+
+
+# Model
+
+
+class Residual(nn.Module):
+    """h + SiLU(W h + b), (..., HIDDEN) to the same: the sum lets a larger learning rate train a deeper network."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + F.silu(self.linear(h))
+
+
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
+    """Three hidden layers, the last two residual: (..., inputs) to (..., outputs)."""
+    return nn.Sequential(nn.Linear(inputs, HIDDEN), nn.SiLU(), Residual(), Residual(), nn.Linear(HIDDEN, outputs))
+
+
+class VAE(nn.Module):
+    """Encoder and decoder, two networks of the same shape."""
+
+    def __init__(self, z_dim: int):
+        super().__init__()
+        self.z_dim = z_dim
+        self.encoder = mlp(mnist.PIXELS, 2 * z_dim)
+        self.decoder = mlp(z_dim, mnist.PIXELS)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (batch, 784) to mu and logvar of q(z|x), (batch, z_dim) each."""
+        mu, logvar = self.encoder(x).chunk(2, dim=-1)
+        return mu, logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (..., z_dim) to the logits of the pixels' Bernoulli means, (..., 784)."""
+        return self.decoder(z)
+
+
+# Objective
+
+
+def bernoulli_draw(mean: Tensor, noise: Tensor) -> Tensor:
+    """Bernoulli pixels from their means and noise uniform in [0, 1), same shape: 1. with probability `mean`, else 0."""
+    return (noise < mean).float()
+
+
+def reparametrise(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+    """A sample of N(mu, diag exp(logvar)) from one of N(0, I), eq:reparametrisation; all (..., z_dim)."""
+    return mu + torch.exp(0.5 * logvar) * eps
+
+
+def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mu, diag exp(logvar)) || N(0, I)), eq:kl of the report.
+
+    mu, logvar: (batch, z_dim). Returns (batch,), in nats, never negative: the textbook's exp(lv) - 1 - lv cancels
+    for small lv, expm1(lv) - lv does so only in its last bit, which the clamp takes care of.
+    """
+    return 0.5 * (mu.square() + (torch.expm1(logvar) - logvar).clamp(min=0)).sum(-1)
+
+
+def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
+    """log p(x|z) of independent Bernoulli pixels, eq:bernoulli: x and logits (..., 784) to (...), in nats."""
+    return (x * logits).sum(-1) - F.softplus(logits).sum(-1)
+
+
+def elbo(model: VAE, x: Tensor, eps: Tensor) -> Tensor:
+    """The evidence lower bound, eq:elbo: log p(x|z) at one sample of q(z|x), less the KL in closed form.
+
+    x: (batch, 784) of 0 and 1; eps: (batch, z_dim) standard normal. Returns (batch,), in nats. This is
+    `importance_weighted_bound` with K = 1 and log p(z) - log q(z|x) replaced by its mean, which is -KL.
+    """
+    mu, logvar = model.encode(x)
+    logits = model.decode(reparametrise(mu, logvar, eps))
+    return bernoulli_log_prob(x, logits) - kl_to_standard_normal(mu, logvar)
+
+
+def log_weight(model: VAE, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+    """log w = log p(x|z) + log p(z) - log q(z|x) at z = mu + exp(logvar/2) eps, eq:weight; (..., batch), in nats.
+
+    x: (batch, 784); mu, logvar: (batch, z_dim) of q(z|x); eps: (..., batch, z_dim). The two densities share their
+    (2 pi)^(-z_dim/2), which is left out of both.
+    """
+    z = reparametrise(mu, logvar, eps)
+    log_prior = -0.5 * z.square().sum(-1)
+    log_q = -0.5 * (logvar + eps.square()).sum(-1)
+    return bernoulli_log_prob(x, model.decode(z)) + log_prior - log_q
+
+
+def importance_weighted_bound(log_w: Tensor) -> Tensor:
+    """L_K = log mean_k w_k, eq:iwae (Burda et al. 2016): (K, batch) to (batch,). Its mean rises with K to log p(x)."""
+    return torch.logsumexp(log_w, dim=0) - math.log(len(log_w))
+
+
+# Training
+
+
+def draw_batch(images: Tensor, index: Tensor, z_dim: int) -> tuple[Tensor, Tensor]:
+    """Fresh Bernoulli pixels (batch, 784) of images[index], and eps (batch, z_dim), on the images' device."""
+    pixels = images[index]
+    x = bernoulli_draw(pixels / 255, torch.rand(pixels.shape, device=images.device))
+    return x, torch.randn(len(index), z_dim, device=images.device)
+
+
+def make_optimizer(model: VAE, lr: float) -> torch.optim.Optimizer:
+    """Adam in one pass over the parameters."""
+    return torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+
+
+def training_step(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, index: Tensor) -> Tensor:
+    """One step of Adam up the mean ELBO of images[index], (batch,) of images (n, 784) uint8; minus that ELBO, detached.
+
+    Nothing here waits for the device.
+    """
+    x, eps = draw_batch(images, index, model.z_dim)
+    loss = -elbo(model, x, eps).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def train(run: Run, model: VAE, data: mnist.Data) -> None:
+    """Maximise the ELBO for the run's epochs, recording it on fixed pixels and fixed eps after each."""
+    args = run.args
+    optimizer = make_optimizer(model, args.lr)
+    run.start(model=model, optimizer=optimizer)
+    images = data.train_images.flatten(1)
+    steps = len(images) // args.batch_size  # an epoch's
+    losses = torch.zeros(steps, device=run.device)
+    train_set = evaluation_set(images[:EVALUATION_IMAGES], "training", model.z_dim)
+    validation_set = evaluation_set(data.validation_images, "validation", model.z_dim)
+    for epoch in run.epochs():
+        if epoch > 0:
+            for step, index in run.steps(mnist.batches(len(images), args.batch_size, run.device), steps):
+                experiment.set_lr(optimizer, args.lr * experiment.warmup_cosine(step, args.epochs * steps, WARMUP))
+                losses[step % steps] = training_step(model, optimizer, images, index)
+            run.check_finite(loss=losses)
+        keep_frame(run, model)
+        run.record(
+            train_elbo=float(per_image_elbo(model, *train_set).mean()),
+            val_elbo=float(per_image_elbo(model, *validation_set).mean()),
+        )
+
+
+# Evaluation
+
+
+def evaluation_set(images: Tensor, split: str, z_dim: int) -> tuple[Tensor, Tensor]:
+    """Binarised pixels (n, 784) and eps (n, z_dim) for images (n, ...), a function of `split` and the image's index."""
+    images = images.flatten(1)
+    noise = fixed_uniform(f"pixels, {split}", *images.shape).to(images.device)
+    eps = fixed_normal(f"eps, {split}", len(images), z_dim).to(images.device)
+    return bernoulli_draw(images / 255, noise), eps
+
+
+@torch.inference_mode()
+def per_image_elbo(model: VAE, x: Tensor, eps: Tensor, batch: int = EVALUATION_BATCH) -> Tensor:
+    """`elbo` of any number of images, in batches: (n,) in float64, on the CPU."""
+    return torch.cat([elbo(model, *pair) for pair in zip(x.split(batch), eps.split(batch))]).cpu().double()
+
+
+@torch.inference_mode()
+def importance_sampled_log_px(model: VAE, x: Tensor, draws: int, batch: int = EVALUATION_BATCH) -> Tensor:
+    """log p(x) of every image by L_K with K = `draws` samples of q(z|x): (n,) in nats, float64, on the CPU."""
+    encoded = [model.encode(part) for part in x.split(batch)]
+    log_w = torch.empty(draws, len(x), dtype=x.dtype)
+    for k in experiment.progress(range(draws), "importance samples"):
+        eps = fixed_normal(f"eps, importance sample {k}", len(x), model.z_dim).to(x)
+        parts = zip(x.split(batch), encoded, eps.split(batch))
+        log_w[k] = torch.cat([log_weight(model, part, *q, noise) for part, q, noise in parts])
+    return torch.cat([importance_weighted_bound(part.double()) for part in log_w.split(batch, dim=1)])
+
+
+@torch.inference_mode()
+def quadrature_log_px(model: VAE, x: Tensor, points: int, block: int = 2000) -> Tensor:
+    """log p(x) of every image by the trapezoid rule over a two-dimensional z: (n,) in nats, float64, on the CPU.
+
+    For a smooth integrand that vanishes at the grid's edge the rule's error falls faster than any power of the step.
+    """
+    axis = torch.linspace(-QUADRATURE_LIMIT, QUADRATURE_LIMIT, points, dtype=torch.float64)
+    step = 2 * QUADRATURE_LIMIT / (points - 1)
+    grid = torch.cartesian_prod(axis, axis)
+    log_cell = 2 * math.log(step) - math.log(2 * math.pi) - 0.5 * grid.square().sum(-1)  # log p(z) dz
+    total = torch.full((len(x),), -math.inf, dtype=torch.float64)
+    for z, log_measure in experiment.progress(list(zip(grid.split(block), log_cell.split(block))), "quadrature"):
+        logits = model.decode(z.to(x))
+        log_joint = x @ logits.T + (log_measure.to(x) - F.softplus(logits).sum(-1))  # (n, block)
+        total = torch.logaddexp(total, log_joint.logsumexp(-1).cpu().double())
+    return total
+
+
+def evaluate(run: Run, model: VAE, data: mnist.Data) -> dict:
+    """The `result` of a trained model, on the test set."""
+    draws = run.args.importance_samples
+    x, eps = evaluation_set(data.test_images, "test", model.z_dim)
+    log_px = importance_sampled_log_px(model, x, draws)
+    result = {
+        "test_elbo": float(per_image_elbo(model, x, eps).mean()),
+        "test_nll": float(-log_px.mean()),
+        "test_nll_se": float(log_px.std() / math.sqrt(len(log_px))),
+        "importance_samples": draws,
+    }
+    if model.z_dim == 2:
+        result["test_nll_quadrature"] = float(-quadrature_log_px(model, x, QUADRATURE_POINTS).mean())
+    result["seconds_per_1000_samples"] = experiment.seconds_per_1000(lambda n: sample(model, n), run.device)
+    return result
+
+
+@torch.inference_mode()
+def sample(model: VAE, n: int) -> Tensor:
+    """The pixels' means for n latents of the prior: (n, 28, 28) uint8, the same for every call and device."""
+    z = fixed_normal("samples", n, model.z_dim).to(next(model.parameters()).device)
+    return torch.cat([decoder_means(model, part) for part in z.split(EVALUATION_BATCH)])
+
+
+@torch.inference_mode()
+def decoder_means(model: VAE, z: Tensor) -> Tensor:
+    """The pixels' means as images, (n, z_dim) to (n, 28, 28) uint8: what p(x|z) looks like, not a draw from it."""
+    return pictures.to_uint8(torch.sigmoid(model.decode(z))).view(-1, mnist.SIDE, mnist.SIDE)
+
+
+@torch.inference_mode()
+def decoder_draws(model: VAE, z: Tensor) -> Tensor:
+    """Pixels drawn from p(x|z), (n, z_dim) to (n, 28, 28) uint8, 0 or 255; the noise is the same in every call."""
+    means = torch.sigmoid(model.decode(z))
+    noise = fixed_uniform("draws", *means.shape).to(means.device)
+    return pictures.to_uint8(bernoulli_draw(means, noise)).view(-1, mnist.SIDE, mnist.SIDE)
+
+
+# Pictures
+
+
+def keep_frame(run: Run, model: VAE) -> None:
+    """Keep this epoch's panel: samples of one fixed set of latents, or for z of 2 the manifold (every epoch's)."""
+    if model.z_dim == 2:
+        images = decoder_means(model, manifold_latents(MANIFOLD_SIDE).to(run.device))
+        run.frames.setdefault("manifold", {})[run.epoch] = images.cpu()
+    elif run.epoch in run.panels(0, 0.25, 0.5, 0.75, 1):
+        run.frames.setdefault("samples", {})[run.epoch] = decoder_means(model, panel_latents(run, model)).cpu()
+
+
+def panel_latents(run: Run, model: VAE) -> Tensor:
+    """(16, z_dim): the same through all training, so that an eye can follow an image."""
+    return fixed_normal("panels", 16, model.z_dim).to(run.device)
+
+
+def manifold_latents(side: int) -> Tensor:
+    """Latents (side^2, 2), row by row from the top left: normal quantiles of u_i = (i + 1/2) / side on each axis."""
+    quantiles = torch.special.ndtri((torch.arange(side) + 0.5) / side)
+    z2, z1 = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
+    return torch.stack((z1, z2), dim=-1).view(-1, 2)
+
+
+def draw_training(run: Run) -> None:
+    """The pictures of the course of the training, from the history and the frames alone."""
+    title = f"Evidence lower bound, z of {run.args.z_dim}"
+    pictures.save_training_curves(
+        run.figure("elbo"), run.history, ("train_elbo", "val_elbo"), "nats per image (higher is better)", title
+    )
+    for epoch, images in run.frames.get("samples", {}).items():
+        pictures.save_grid(run.figure(f"samples_{run.stamp(epoch)}"), images, columns=4)
+    manifolds = run.frames.get("manifold", {})
+    if manifolds:
+        for epoch in run.panels(0, 0.5, 1):
+            draw_manifold(run, epoch, manifolds[epoch])
+        tiles = [pictures.tile(images, MANIFOLD_SIDE, gap=0) for images in manifolds.values()]
+        pictures.save_gif(run.figure("manifold"), tiles)
+
+
+def draw_final(run: Run, model: VAE, data: mnist.Data) -> None:
+    """The pictures of the trained model, from its weights and the data alone."""
+    if model.z_dim == 2:
+        images = decoder_means(model, manifold_latents(MANIFOLD_SIDE).to(run.device))
+        draw_manifold(run, run.args.epochs, images)
+        return
+    z = panel_latents(run, model)
+    pictures.save_grid(run.figure(f"samples_{run.stamp(run.args.epochs)}"), decoder_means(model, z), columns=4)
+    pictures.save_grid(run.figure("draws"), decoder_draws(model, z), columns=4)
+    x, eps = (part[:10] for part in evaluation_set(data.validation_images, "validation", model.z_dim))
+    with torch.inference_mode():
+        means = decoder_means(model, reparametrise(*model.encode(x), eps))
+    rows = (data.validation_images[:10], pictures.to_uint8(x).view_as(means), means)
+    pictures.save_grid(run.figure("reconstructions"), torch.cat(rows), columns=10)
+
+
+def draw_manifold(run: Run, epoch: int, images: Tensor) -> None:
+    """Decoder means over the plane of latents, at the prior's quantiles: equal steps are equal shares of the prior."""
+    whole, axes = pictures.figure(5.2, 5.4)
+    axes.imshow(pictures.tile(images, MANIFOLD_SIDE, gap=0), cmap="gray", vmin=0, vmax=255, extent=(0, 1, 0, 1))
+    values = (-2, -1, 0, 1, 2)
+    positions = torch.special.ndtr(torch.tensor(values, dtype=torch.float64)).tolist()
+    axes.set_xticks(positions, map(str, values))
+    axes.set_yticks(positions, map(str, values))
+    axes.set(xlabel="$z_1$ (at quantiles of the prior)", ylabel="$z_2$", title=f"Decoder means, epoch {epoch}")
+    pictures.save_figure(run.figure(f"manifold_{run.stamp(epoch)}"), whole, pdf=False)
+
+
+# Flags
+
+
+def flags() -> experiment.Parser:
+    """The script's flags, with the report's settings as defaults."""
+    parser = experiment.Parser(description=__doc__.partition("\n")[0])
+    experiment.add_flags(parser, epochs=40, batch_size=250, lr=3e-3)
+    whole = {"type": experiment.positive_int}
+    parser.add_argument("--z-dim", **whole, default=20, metavar="N", help="latents; 2 draws a manifold")
+    parser.add_argument("--importance-samples", **whole, default=500, metavar="K", help="a test image, for log p(x)")
+    return parser
+
+
+@experiment.exit_status
+def main(argv: list[str] | None = None) -> None:
+    """Train, or with --evaluate or --sample use what was trained."""
+    parser = flags()
+    args = parser.parse_args(argv)
+    config = {
+        "dataset": args.dataset, "z_dim": args.z_dim, "hidden": HIDDEN, "epochs": args.epochs, "lr": args.lr,
+        "batch_size": args.batch_size, "warmup": WARMUP, "seed": args.seed,
+        "importance_samples": args.importance_samples,
+    }  # fmt: skip
+    if args.batch_size > mnist.TRAIN:
+        raise UserError(f"--batch-size {args.batch_size} is larger than the {mnist.TRAIN} training images")
+    run = Run(f"vae_z{args.z_dim}", parser, args, config, report={"z_dim": (20, 2)})
+    torch.manual_seed(args.seed)
+    model = VAE(args.z_dim).to(run.device)
+    if args.evaluate or args.sample:
+        run.load_weights(model, but_for=("importance_samples",))
+    if args.sample:
+        run.save_samples(sample(model, args.sample))
+        return
+    data = mnist.load(args.dataset, args.data_dir, run.device)
+    if not args.evaluate:
+        train(run, model, data)
+        draw_training(run)
+    draw_final(run, model, data)
+    if args.evaluate:
+        run.show(evaluate(run, model, data))
+    elif not run.is_complete(model):
+        run.complete(model, evaluate(run, model, data))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

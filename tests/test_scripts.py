@@ -1,0 +1,122 @@
+"""Each script as its users run it, on the real MNIST: a short run, and runs that are killed and resumed."""
+
+import ast
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT, SCRIPTS, contents, run_script
+
+SHORT = {  # flags of a run of seconds, and what makes its evaluation quick
+    "vae": (
+        ["--z-dim", 2, "--epochs", 2, "--batch-size", 1000, "--importance-samples", 2],
+        "vae.QUADRATURE_POINTS = 21",
+    ),
+}
+RUNS = {"vae": "vae_z2"}
+
+INSIDE_AN_EPOCH = """
+draw, calls = mnist.batches, []
+def batches(*args):
+    calls.append(args)
+    for number, index in enumerate(draw(*args)):
+        if len(calls) == 2 and number == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield index
+mnist.batches = batches
+"""
+WHILE_IT_WRITES = """
+sync, calls = os.fsync, []
+def half_written(descriptor):
+    calls.append(descriptor)
+    if len(calls) == {write}:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(descriptor)
+os.fsync = half_written
+"""
+
+
+def lasting(folder) -> dict[str, object]:
+    """What a run leaves but for its checkpoint, and the JSON without its times and what depends on them."""
+    files = {name: content for name, content in contents(folder).items() if not name.startswith("checkpoints/")}
+    for name in files:
+        if name.endswith(".json"):
+            content = json.loads(files[name])
+            del content["environment"]
+            for row in content["history"]:
+                del row["seconds"]
+            for key in ("train_seconds", "peak_memory_mib", "seconds_per_1000_samples"):
+                del content["result"][key]
+            files[name] = content
+    return files
+
+
+def test_no_script_is_missing():
+    """Every script that trains a model, which is one that asks for the common flags, is in the list."""
+    training = {path.stem for path in (ROOT / "code").glob("*.py") if "experiment.add_flags(" in path.read_text()}
+    assert training == set(SCRIPTS) == set(SHORT) == set(RUNS)
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def reference(request, data_dir, tmp_path_factory):
+    """A script's name and the folder of a short run that was left alone."""
+    script, out = request.param, tmp_path_factory.mktemp(request.param)
+    flags, patch = SHORT[script]
+    done = run_script(script, *flags, "--out", out, patch=patch)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3 and all(line.startswith(RUNS[script]) for line in lines), done.stderr
+    return script, out
+
+
+def test_a_short_run_learns(reference):
+    script, out = reference
+    content = json.loads((out / "figures" / f"{RUNS[script]}.json").read_text())
+    first, *_, last = content["history"]
+    if script == "vae":
+        assert -550 < first["val_elbo"] < -540
+        assert last["val_elbo"] > -200
+        assert content["result"]["test_nll"] < -content["result"]["test_elbo"]
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [INSIDE_AN_EPOCH, WHILE_IT_WRITES.format(write=2), WHILE_IT_WRITES.format(write=7)],
+    ids=["inside an epoch", "while it writes a checkpoint", "while it writes a picture"],
+)
+def test_a_killed_run_goes_on_to_the_same_bytes(reference, tmp_path, patch):
+    script, out = reference
+    flags, quick = SHORT[script]
+    run_script(script, *flags, "--out", tmp_path, patch=quick + patch, check=-9)
+    assert not (tmp_path / "figures" / f"{RUNS[script]}.json").exists()
+    assert (tmp_path / "checkpoints" / f"{RUNS[script]}.pt").exists()
+    run_script(script, *flags, "--out", tmp_path, "--resume", patch=quick)
+    assert lasting(tmp_path) == lasting(out)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_quiet(script, tmp_path):
+    """No slow import, no work at import: --help stays clear of torchvision and matplotlib, from any folder."""
+    begin = time.perf_counter()
+    command = [sys.executable, "-X", "importtime", str(ROOT / "code" / f"{script}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--resume" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torchvision", "matplotlib", "PIL", "scipy"}
+    assert time.perf_counter() - begin < 20
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read(script):
+    """A flag that the parser knows is used somewhere as args.<flag>."""
+    source = "".join((ROOT / "code" / name).read_text() for name in (f"{script}.py", "experiment.py"))
+    read = {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args", "run.args")
+    }
+    module = __import__(script)
+    assert set(vars(module.flags().parse_args([]))) <= read

@@ -1,0 +1,253 @@
+"""The VAE's formulas against independent ones. A number in a test's name is that of its identity, e.g. 1 for the KL."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from torch import Tensor
+
+import mnist
+import vae
+
+
+def standard_error(values: Tensor) -> float:
+    return float(values.std() / math.sqrt(values.numel()))
+
+
+@pytest.fixture
+def model(monkeypatch) -> vae.VAE:
+    """A small z = 2 model in float64 whose posterior is smooth and not Gaussian."""
+    monkeypatch.setattr(vae, "HIDDEN", 8)
+    torch.manual_seed(0)
+    small = vae.VAE(2).double()
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.mul_(1.5).add_(0.02 * torch.randn_like(parameter))
+        small.decoder[-1].weight.mul_(0.5)
+    return small
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Three binary images, in float64."""
+    return (torch.rand(3, mnist.PIXELS, generator=torch.Generator().manual_seed(1)) < 0.3).double()
+
+
+def normal_grid(points: int, limit: float = 9.0) -> tuple[Tensor, Tensor]:
+    """Nodes (points^2, 2) and weights of the trapezoid rule for expectations under N(0, I) in the plane."""
+    axis = torch.linspace(-limit, limit, points, dtype=torch.float64)
+    eps = torch.cartesian_prod(axis, axis)
+    return eps, (2 * limit / (points - 1)) ** 2 * torch.exp(-0.5 * eps.square().sum(-1)) / (2 * math.pi)
+
+
+# 1
+
+
+@pytest.mark.parametrize("logvar", [-10, -1, -0.1, -1e-2, 1e-2, 0.1, 1, 10])
+@pytest.mark.parametrize("mu", [0, 1e-3, 2])
+def test_1_kl_against_high_precision(mu, logvar):
+    ours = vae.kl_to_standard_normal(*(torch.tensor([value], dtype=torch.float64) for value in (mu, logvar)))
+    with mpmath.workdps(60):
+        lv = mpmath.mpf(torch.tensor(logvar, dtype=torch.float64).item())
+        exact = (mpmath.mpf(mu) ** 2 + mpmath.exp(lv) - 1 - lv) / 2
+        assert abs(ours.item() / exact - 1) < 1e-12
+
+
+def test_1_kl_is_never_negative_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    magnitude = 10 ** (torch.rand(1_000_000, generator=generator) * 9 - 8)  # 1e-8 to 10
+    logvar = torch.cat((magnitude, -magnitude)).unsqueeze(1)
+    assert logvar.dtype == torch.float32
+    assert (vae.kl_to_standard_normal(torch.zeros_like(logvar), logvar) >= 0).all()
+
+
+def test_1_kl_sums_over_dimensions():
+    mu, logvar = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    separately = sum(vae.kl_to_standard_normal(mu[:, [d]], logvar[:, [d]]) for d in range(7))
+    torch.testing.assert_close(vae.kl_to_standard_normal(mu, logvar), separately, rtol=1e-14, atol=0)
+
+
+# 2
+
+
+def test_2_bernoulli_log_prob():
+    x, logits = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.3, -1.2, 2.0])
+    mean = torch.sigmoid(logits)
+    torch.testing.assert_close(vae.bernoulli_log_prob(x, logits), torch.where(x == 1, mean, 1 - mean).log().sum())
+    x = (torch.rand(3, mnist.PIXELS) < 0.5).double()
+    zero = vae.bernoulli_log_prob(x, torch.zeros_like(x))
+    torch.testing.assert_close(zero, torch.full((3,), -784 * math.log(2), dtype=torch.float64), rtol=1e-14, atol=0)
+    assert zero[0].item() == pytest.approx(-543.4274, abs=1e-4)
+
+
+@pytest.mark.parametrize("logit", [1e4, -1e4])
+def test_2_bernoulli_log_prob_is_finite_and_right_at_extreme_logits(logit):
+    x = torch.tensor([[1.0], [0.0]])
+    expected = torch.tensor([min(logit, 0.0), -max(logit, 0.0)])
+    torch.testing.assert_close(vae.bernoulli_log_prob(x, torch.full_like(x, logit)), expected)
+
+
+# 3
+
+
+def test_3_gap_of_the_elbo_is_the_kl_to_the_posterior(model, x):
+    log_px = vae.quadrature_log_px(model, x, points=151)
+    torch.testing.assert_close(log_px, vae.quadrature_log_px(model, x, points=301), rtol=0, atol=1e-9)
+    eps, weight = normal_grid(121)
+    with torch.inference_mode():
+        mu, logvar = model.encode(x)
+        for n in range(len(x)):
+            row = x[n : n + 1].expand(len(eps), -1)
+            bound = (weight * vae.elbo(model, row, eps)).sum()
+            z = mu[n] + torch.exp(0.5 * logvar[n]) * eps
+            log_q = -0.5 * eps.square().sum(-1) - 0.5 * logvar[n].sum() - math.log(2 * math.pi)
+            log_joint = torch.distributions.Bernoulli(logits=model.decode(z)).log_prob(row).sum(-1)
+            log_joint += torch.distributions.Normal(0, 1).log_prob(z).sum(-1)
+            kl_to_posterior = (weight * (log_q - (log_joint - log_px[n]))).sum()
+            assert kl_to_posterior > 1e-3
+            assert (log_px[n] - bound).item() == pytest.approx(kl_to_posterior.item(), abs=1e-8)
+
+
+def test_3_quadrature_of_an_independent_decoder_is_the_pixels_own_probability(model, x):
+    with torch.no_grad():
+        model.decoder[-1].weight.zero_()
+        exact = vae.bernoulli_log_prob(x, model.decoder[-1].bias)
+    torch.testing.assert_close(
+        vae.quadrature_log_px(model, x, points=151), exact, rtol=0, atol=1e-7
+    )  # N(0, I) beyond 6: 4e-9
+
+
+# 4
+
+
+def test_4_one_weight_is_the_elbo(model, x):
+    eps, weight = normal_grid(81)
+    with torch.inference_mode():
+        mu, logvar = model.encode(x)
+        log_w = vae.log_weight(model, x, mu, logvar, eps[:, None, :].expand(-1, len(x), -1))
+        one = torch.stack([vae.importance_weighted_bound(each[None]) for each in log_w])
+        closed = torch.stack([vae.elbo(model, x, each.expand(len(x), -1)) for each in eps])
+    torch.testing.assert_close(weight @ one, weight @ closed, rtol=0, atol=1e-8)
+
+
+def test_4_leaving_one_out_lowers_the_bound():
+    log_w = 3 * torch.randn(6, 1000, dtype=torch.float64)
+    subsets = [vae.importance_weighted_bound(torch.cat((log_w[:k], log_w[k + 1 :]))) for k in range(6)]
+    assert (torch.stack(subsets).mean(0) <= vae.importance_weighted_bound(log_w)).all()
+
+
+def test_4_bound_rises_to_log_px(model, x):
+    log_px = vae.quadrature_log_px(model, x, points=151)
+    generator = torch.Generator().manual_seed(2)
+    with torch.inference_mode():
+        mu, logvar = model.encode(x)
+        eps = torch.randn(2000, len(x), 2, generator=generator, dtype=torch.float64)
+        log_w = vae.log_weight(model, x, mu, logvar, eps)
+    gaps = []
+    for k in (1, 10, 100):
+        bounds = torch.stack([vae.importance_weighted_bound(part) for part in log_w.split(k)]).mean(1)
+        gaps.append(float(log_px.mean() - bounds.mean()))
+        assert gaps[-1] > -4 * standard_error(bounds)
+    assert gaps[0] > 2 * gaps[1] > 4 * gaps[2]
+    assert gaps[2] < 4 * standard_error(bounds) + 0.01 * gaps[0]
+
+
+def test_4_log_px_in_batches_agrees_with_the_bound_over_all(model, x):
+    ours = vae.importance_sampled_log_px(model, x, draws=300, batch=2)
+    exact = vae.quadrature_log_px(model, x, points=151)
+    assert (ours - exact).abs().max() < 0.3
+    other = vae.importance_sampled_log_px(model, x, draws=300, batch=3)
+    torch.testing.assert_close(ours, other, rtol=1e-10, atol=0)
+    torch.testing.assert_close(exact, vae.quadrature_log_px(model, x, points=151, block=777), rtol=1e-10, atol=0)
+
+
+# 5
+
+
+def test_5_mean_elbo_does_not_depend_on_the_batch_size(model):
+    images = torch.randint(256, (103, 28, 28), dtype=torch.uint8)
+    x, eps = (part.double() for part in vae.evaluation_set(images, "validation", 2))
+    whole = vae.per_image_elbo(model, x, eps, batch=103).mean().item()
+    for batch in (1, 10, 64, 1000):
+        assert vae.per_image_elbo(model, x, eps, batch).mean().item() == pytest.approx(whole, rel=1e-10)
+
+
+# 6
+
+
+def test_6_reparametrised_samples_have_the_right_moments():
+    mu, logvar = torch.tensor([-1.0, 0.5], dtype=torch.float64), torch.tensor([-2.0, 1.0], dtype=torch.float64)
+    eps = torch.randn(100_000, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    z = vae.reparametrise(mu, logvar, eps)
+    for d in range(2):
+        assert abs(z[:, d].mean() - mu[d]) < 4 * standard_error(z[:, d])
+        squares = (z[:, d] - mu[d]).square()
+        assert abs(squares.mean() - logvar[d].exp()) < 4 * standard_error(squares)
+
+
+def test_6_gradient_matches_finite_differences(model, x):
+    eps = torch.randn(len(x), 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for weight in (model.encoder[0].weight, model.encoder[-1].bias, model.decoder[0].weight, model.decoder[-1].bias):
+        (gradient,) = torch.autograd.grad(vae.elbo(model, x, eps).mean(), weight)
+        at = torch.unravel_index(gradient.abs().argmax(), gradient.shape)
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                weight[at] += step
+                values.append(vae.elbo(model, x, eps).mean())
+                weight[at] -= step
+        assert ((values[0] - values[1]) / 2e-5).item() == pytest.approx(gradient[at].item(), abs=1e-6, rel=1e-6)
+        assert gradient[at].abs() > 1e-3
+
+
+# 7
+
+
+def test_7_bernoulli_draws_have_the_decoders_means(model):
+    noise = torch.rand(20_000, 5, generator=torch.Generator().manual_seed(5))
+    logits = torch.tensor([-3.0, -1.0, 0.0, 0.5, 4.0])
+    draws = vae.bernoulli_draw(torch.sigmoid(logits).expand_as(noise), noise)
+    for d in range(5):
+        assert abs(draws[:, d].mean() - torch.sigmoid(logits[d])) < 4 * standard_error(draws[:, d])
+    z = torch.zeros(4000, 2, dtype=torch.float64)
+    pixels = vae.decoder_draws(model, z).double() / 255
+    assert set(pixels.unique().tolist()) == {0.0, 1.0}
+    mean = torch.sigmoid(model.decode(z[:1])).view(28, 28)
+    score = (pixels.mean(0) - mean) / (mean * (1 - mean) / len(z)).sqrt()
+    assert score.abs().max() < 5 and 0.9 < score.std() < 1.1  # 784 pixels: one of them beyond 5 has odds of 1 in 2000
+
+
+def test_7_training_pixels_are_drawn_afresh_with_mean_value_over_255():
+    images = torch.tensor([[0, 1, 100, 254, 255], [255] * 5], dtype=torch.uint8)
+    torch.manual_seed(6)
+    index = torch.zeros(10_000, dtype=torch.int64)
+    x, eps = vae.draw_batch(images, index, 2)
+    again, other_eps = vae.draw_batch(images, index, 2)
+    assert (x[:, 0] == 0).all() and (x[:, 4] == 1).all()
+    for d, value in ((1, 1), (2, 100), (3, 254)):
+        assert abs(x[:, d].mean() - value / 255) < 4 * standard_error(x[:, d])
+    assert not torch.equal(x, again) and not torch.equal(eps, other_eps)
+    assert abs(eps.mean()) < 4 * standard_error(eps) and abs(eps.square().mean() - 1) < 4 * standard_error(eps.square())
+
+
+# 15
+
+
+def test_15_manifold_is_at_the_quantiles_and_upright():
+    z = vae.manifold_latents(5).view(5, 5, 2)
+    u = torch.special.ndtr(z.double())
+    torch.testing.assert_close(u[0, :, 0], (torch.arange(5) + 0.5).double() / 5, rtol=0, atol=1e-6)
+    torch.testing.assert_close(z, -z.flip(0, 1), rtol=0, atol=1e-6)
+    assert (z[..., 0] == z[0, :, 0]).all() and (z[:, 1:, 0] > z[:, :-1, 0]).all()  # z1 grows to the right
+    assert (z[:-1, :, 1] > z[1:, :, 1]).all()  # z2 grows upwards
+
+
+def test_evaluation_noise_is_a_function_of_split_and_index():
+    images = torch.full((160, 28, 28), 128, dtype=torch.uint8)
+    x, eps = vae.evaluation_set(images, "validation", 2)
+    for n in (1, 7, 83):
+        fewer, fewer_eps = vae.evaluation_set(images[:n], "validation", 2)
+        assert torch.equal(x[:n], fewer) and torch.equal(eps[:n], fewer_eps)
+    other, other_eps = vae.evaluation_set(images, "test", 2)
+    assert not torch.equal(x, other) and not torch.equal(eps, other_eps)
