@@ -1,0 +1,80 @@
+"""The bench counts and measures what it says."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import mnist
+import vae
+
+
+def test_flops_are_those_that_pytorch_counts():
+    data = mnist.Data(torch.zeros(60_000, 28, 28, dtype=torch.uint8), None, None, None)
+    case = bench.vae_case(20, data)
+    x, eps = torch.zeros(case.batch, 784), torch.zeros(case.batch, 20)
+    with FlopCounterMode(display=False) as counter:
+        vae.elbo(case.model, x, eps).sum().backward()
+    assert counter.get_total_flops() == case.batch * bench.training_flops(bench.layer_shapes(case))
+
+
+def test_the_textbook_loop_trains_the_same_objective(monkeypatch):
+    """With the same weights and noise, the textbook's step leaves the weights where default Adam on our ELBO does."""
+    data = mnist.Data(torch.zeros(60_000, 28, 28, dtype=torch.uint8), None, None, None)
+    batch = torch.ones(250, 1, 28, 28)  # certain pixels: both draw the same
+    models = []
+    build = vae.VAE
+
+    def remember(z_dim):
+        torch.manual_seed(0)
+        models.append(build(z_dim))
+        return models[-1]
+
+    monkeypatch.setattr(vae, "VAE", remember)
+    case = bench.vae_case(20, data)
+    step = case.textbook(fused=False, item=True)
+    ours, textbook = models[0], models[-1]
+    torch.manual_seed(1)
+    step(batch)
+    torch.manual_seed(1)
+    torch.bernoulli(batch.flatten(1))  # uses up the same random numbers
+    optimizer = torch.optim.Adam(ours.parameters(), lr=vae.flags().parse_args([]).lr)
+    loss = -vae.elbo(ours, batch.flatten(1), torch.randn(250, 20)).mean()
+    loss.backward()
+    optimizer.step()
+    for a, b in zip(ours.parameters(), textbook.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_in_turns_takes_medians_after_warming_up(monkeypatch):
+    taken = iter([100, 100, 1, 5, 2, 6, 9, 7])
+    monkeypatch.setattr(bench, "seconds", lambda function, device: next(taken))
+    assert bench.in_turns({"a": None, "b": None}, 3, torch.device("cpu")) == {"a": 2, "b": 6}
+
+
+def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "STEPS", 2)
+    assert bench.main(["--rounds", "1", "--data-dir", str(data_dir), "--out", str(tmp_path), "--device", "cpu"]) == 0
+    content = json.loads((tmp_path / "figures" / "bench.json").read_text())
+    row = content["models"]["vae_z20"]
+    assert row["parameters"] == sum(p.numel() for p in vae.VAE(20).parameters())
+    assert "vae_z20" in capsys.readouterr().out
+
+
+def test_the_table_follows_from_the_medians(data_dir, monkeypatch):
+    data = mnist.Data(torch.zeros(60_000, 28, 28, dtype=torch.uint8), None, None, None)
+    case = bench.vae_case(20, data)
+    medians = {"ceiling": 1.0, "the script's step": 2.0, "textbook loop": 9.0, "products": 1.0, "data": 0.2}
+    medians |= {"optimizer": 0.3, "evaluation": 0.1}
+    monkeypatch.setattr(bench, "in_turns", lambda functions, *_: {name: medians.get(name, 4.0) for name in functions})
+    row = bench.measure(case, 5, data_dir, torch.device("cpu"))
+    images = bench.STEPS * case.batch
+    assert row["images_per_second"] == images / 2 and row["times_textbook"] == 4.5
+    assert row["percent_of_step"] == pytest.approx(
+        {"products": 50, "data_and_noise": 10, "optimizer": 15, "elementwise_and_rest": 25}
+    )
+    flops = images * row["flops_per_image"]
+    assert row["percent_of_ceiling"] == pytest.approx(100 * flops / 2 / (bench.CEILING_PRODUCTS * 2 * 1024**3))
+    assert row["evaluation_percent_of_epoch"] == pytest.approx(100 * 0.1 / (2 * 50_000 / images + 0.1))
