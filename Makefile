@@ -1,0 +1,48 @@
+# Every artefact and the command that makes it. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help vae seeds bench report test lint clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+$(VENV)/filled: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+vae: $(VENV)/filled  ## train both VAEs to the report's 40 epochs and draw everything (figures/vae_*)
+	$(PY) code/vae.py
+	$(PY) code/vae.py --z-dim 2
+	$(PY) report/collect.py
+
+seeds: $(VENV)/filled  ## train the VAE (z of 20) with two more seeds: the spread (figures/vae_z20_seed*.json)
+	for seed in 1 2; do \
+	  $(PY) code/vae.py --seed $$seed --out out/seed$$seed && \
+	  cp out/seed$$seed/figures/vae_z20.json figures/vae_z20_seed$$seed.json || exit; \
+	done
+	$(PY) report/collect.py
+
+bench: $(VENV)/filled  ## measure training's speed against the machine's ceiling (figures/bench.json)
+	$(PY) code/bench.py
+	$(PY) report/collect.py
+
+report: $(VENV)/filled  ## build report/report.pdf from what is in figures/
+	$(PY) report/collect.py
+	@command -v latexmk >/dev/null || { echo "make report: no LaTeX here; install Debian's latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern" >&2; exit 2; }
+	cd report && latexmk -pdf -interaction=nonstopmode -halt-on-error report.tex
+
+test: $(VENV)/filled  ## run the tests (fetches MNIST first)
+	$(PY) -m pytest
+
+lint: $(VENV)/filled  ## check style
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:  ## remove what can be made again: trials, caches, LaTeX's files (not .venv, data or checkpoints)
+	rm -rf out .pytest_cache .ruff_cache code/__pycache__ tests/__pycache__ report/__pycache__
+	cd report && rm -f *.aux *.log *.out *.fls *.fdb_latexmk *.bbl *.blg *.toc
