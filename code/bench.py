@@ -41,6 +41,7 @@ class Case:
     evaluate: Callable[[], object]  # what follows each epoch
     images: Tensor  # (n, 784) uint8, an epoch's
     textbook: Callable[..., Callable[[Tensor], object]]  # (fused, item) -> a step, given images in [0, 1]
+    tried: dict[str, Callable[[Tensor], object]]  # variants of the step that the script does not use
 
 
 def vae_case(z_dim: int, data: mnist.Data) -> Case:
@@ -72,6 +73,20 @@ def vae_case(z_dim: int, data: mnist.Data) -> Case:
 
         return step
 
+    compiled = torch.compile(vae.elbo)
+
+    def compiled_step(index: Tensor) -> None:
+        x, eps = vae.draw_batch(images, index, z_dim)
+        loss = -compiled(model, x, eps).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def without_denormals(index: Tensor) -> None:
+        torch.set_flush_denormal(True)
+        vae.training_step(model, optimizer, images, index)
+        torch.set_flush_denormal(False)
+
     return Case(
         name=f"vae_z{z_dim}",
         batch=args.batch_size,
@@ -82,6 +97,7 @@ def vae_case(z_dim: int, data: mnist.Data) -> Case:
         evaluate=lambda: [vae.per_image_elbo(model, *each) for each in evaluated],
         images=images,
         textbook=textbook,
+        tried={"the objective compiled": compiled_step, "denormal numbers flushed to 0": without_denormals},
     )
 
 
@@ -150,17 +166,16 @@ def layer_products(case: Case, device: torch.device) -> Callable[[], None]:
     return run
 
 
-def indices(case: Case, device: torch.device) -> Iterator[Tensor]:
+def indices(case: Case, batch: int, device: torch.device) -> Iterator[Tensor]:
     """Batches of indices without end, as the script draws them."""
     while True:
-        yield from mnist.batches(len(case.images), case.batch, device)
+        yield from mnist.batches(len(case.images), batch, device)
 
 
 def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> dict:
     """One model's row of the table."""
     import torchvision
 
-    drawn = indices(case, device)
     try:
         dataset = torchvision.datasets.MNIST(data_dir, train=True, transform=torchvision.transforms.ToTensor())
     except RuntimeError:
@@ -177,8 +192,10 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
 
         return run
 
-    def repeat(function: Callable[[Tensor], object]) -> Callable[[], None]:
-        return lambda: [function(next(drawn)) for _ in range(STEPS)]
+    def repeat(function: Callable[[Tensor], object], times: float = 1) -> Callable[[], None]:
+        """As many images as in STEPS steps, in batches `times` the script's."""
+        drawn = indices(case, int(times * case.batch), device)
+        return lambda: [function(next(drawn)) for _ in range(int(STEPS / times))]
 
     def resident(step: Callable[[Tensor], object]) -> Callable[[], None]:
         return repeat(lambda index: step(case.images[index] / 255))
@@ -190,6 +207,8 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
         "and no .item()": resident(case.textbook(fused=True, item=False)),
         "the script's step": repeat(case.step),
     }
+    tried = {name: repeat(step) for name, step in case.tried.items()}
+    tried |= {"half the batch size": repeat(case.step, 0.5), "twice the batch size": repeat(case.step, 2)}
     shares = {
         "ceiling": product(CEILING_SIDE, CEILING_SIDE, CEILING_SIDE, CEILING_PRODUCTS, device),
         "products": layer_products(case, device),
@@ -197,7 +216,8 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
         "optimizer": lambda: [case.optimizer() for _ in range(STEPS)],
         "evaluation": case.evaluate,
     }
-    times = in_turns({**ladder, **shares}, rounds, device)
+    first_calls = {name: seconds(step, device) for name, step in tried.items()}  # torch.compile compiles here
+    times = in_turns({**ladder, **tried, **shares}, rounds, device)
     step = times["the script's step"]
     images, flops = STEPS * case.batch, training_flops(layer_shapes(case))
     ceiling = CEILING_PRODUCTS * 2 * CEILING_SIDE**3 / times["ceiling"]
@@ -220,6 +240,8 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
         },
         "evaluation_percent_of_epoch": 100 * times["evaluation"] / epoch,
         "ladder_images_per_second": {name: images / times[name] for name in ladder},
+        "tried_images_per_second": {name: images / times[name] for name in tried},
+        "tried_first_call_seconds": first_calls,
         "times_textbook": times["textbook loop"] / step,
     }
 
@@ -235,7 +257,8 @@ def table(rows: dict[str, dict]) -> str:
         lines.append("  ".join([f"{name:>17}", *(f"{row[key]:17,.1f}" for key in keys)]))
         shares = ", ".join(f"{key.replace('_', ' ')} {value:.0f}%" for key, value in row["percent_of_step"].items())
         lines.append(f"  of a step: {shares}; evaluation {row['evaluation_percent_of_epoch']:.0f}% of an epoch")
-        lines += [f"  {each:>36}  {rate:10,.0f} images/s" for each, rate in row["ladder_images_per_second"].items()]
+        rates = {**row["ladder_images_per_second"], **row["tried_images_per_second"]}
+        lines += [f"  {each:>36}  {rate:10,.0f} images/s" for each, rate in rates.items()]
     return "\n".join(lines)
 
 

@@ -158,6 +158,11 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """--device and --data-dir."""
     devices = ("auto", "cpu", "cuda", "mps")
     parser.add_argument("--device", choices=devices, default="auto", help="auto: CUDA, then MPS, then the CPU")
+    add_data_dir_flag(parser)
+
+
+def add_data_dir_flag(parser: argparse.ArgumentParser) -> None:
+    """--data-dir."""
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", metavar="DIR", help="where the data lie")
 
 
@@ -194,12 +199,12 @@ def device(name: str) -> torch.device:
 # Small things that any training needs
 
 
-def fixed_uniform(label: str, *shape: int) -> Tensor:
-    """Numbers in [0, 1) of this shape, images first: a function of the label and of the image's index alone.
+def fixed_generator(label: str) -> torch.Generator:
+    """A CPU generator for noise that must be the same in every run: seeded by what the noise is for, and nothing else.
 
-    Drawn on the CPU, so that every device sees the same.
+    Uniform numbers drawn from it image by image are a function of the label and of the image's index alone.
     """
-    return torch.rand(shape, generator=_fixed_generator(label))
+    return torch.Generator().manual_seed(zlib.crc32(label.encode()))
 
 
 def fixed_normal(label: str, n: int, dimensions: int) -> Tensor:
@@ -207,11 +212,7 @@ def fixed_normal(label: str, n: int, dimensions: int) -> Tensor:
 
     Torch draws normal numbers in blocks of 16 and a ragged last block differently, so n is rounded up for drawing.
     """
-    return torch.randn(-(-n // 16) * 16, dimensions, generator=_fixed_generator(label))[:n]
-
-
-def _fixed_generator(label: str) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(label.encode()))
+    return torch.randn(-(-n // 16) * 16, dimensions, generator=fixed_generator(label))[:n]
 
 
 def warmup_cosine(step: int, steps: int, warmup: float) -> float:
@@ -405,7 +406,7 @@ class Run:
         return [path for path in (place / kind / f"{self.name}.pt" for place in places) if path.exists()]
 
     def _check(self, archive: dict, path: Path, what: str, but_for: Sequence[str] = ()) -> None:
-        """Raise UserError, naming what differs, if `archive` is not of this run and, `but_for` some keys, configuration."""
+        """Raise UserError, saying what differs, if `archive` is of another run or, `but_for` keys, configuration."""
         if archive.get("run") != self.name or not isinstance(archive.get("config"), dict):
             raise UserError(f"{what} {path} is of {archive.get('run', 'another program')}, not of {self.name}")
         theirs = archive["config"]

@@ -103,5 +103,5 @@ def save_training_curves(path: Path, history: list[dict], keys: Sequence[str], y
     axes.set(xlabel="epoch", ylabel=ylabel, title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     save_figure(path, whole)

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import experiment
+import judge
 import mnist
 import pictures
-from experiment import Run, UserError, fixed_normal, fixed_uniform
+from experiment import Run, UserError, fixed_generator, fixed_normal
 
-HIDDEN = 400  # units of every hidden layer
+HIDDEN = 416  # units of every hidden layer
 WARMUP = 0.05  # of all steps
 EVALUATION_IMAGES = 10_000  # of the training images; validation and test have as many
 EVALUATION_BATCH = 1000
@@ -70,9 +71,15 @@ class VAE(nn.Module):
 # Objective
 
 
-def bernoulli_draw(mean: Tensor, noise: Tensor) -> Tensor:
-    """Bernoulli pixels from their means and noise uniform in [0, 1), same shape: 1. with probability `mean`, else 0."""
-    return (noise < mean).float()
+def binarise(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Bernoulli pixels with mean value/255, 0. or 1., of uint8 images of any shape.
+
+    Of the 255 equally likely integers 0 to 254, just `value` are below the value. With a generator, which must be the
+    CPU's, the pixels are the same on every device.
+    """
+    device = images.device if generator is None else "cpu"
+    noise = torch.randint(255, images.shape, dtype=torch.uint8, generator=generator, device=device)
+    return (noise.to(images.device) < images).float()
 
 
 def reparametrise(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
@@ -127,8 +134,7 @@ def importance_weighted_bound(log_w: Tensor) -> Tensor:
 
 def draw_batch(images: Tensor, index: Tensor, z_dim: int) -> tuple[Tensor, Tensor]:
     """Fresh Bernoulli pixels (batch, 784) of images[index], and eps (batch, z_dim), on the images' device."""
-    pixels = images[index]
-    x = bernoulli_draw(pixels / 255, torch.rand(pixels.shape, device=images.device))
+    x = binarise(images.index_select(0, index))
     return x, torch.randn(len(index), z_dim, device=images.device)
 
 
@@ -179,9 +185,8 @@ def train(run: Run, model: VAE, data: mnist.Data) -> None:
 def evaluation_set(images: Tensor, split: str, z_dim: int) -> tuple[Tensor, Tensor]:
     """Binarised pixels (n, 784) and eps (n, z_dim) for images (n, ...), a function of `split` and the image's index."""
     images = images.flatten(1)
-    noise = fixed_uniform(f"pixels, {split}", *images.shape).to(images.device)
     eps = fixed_normal(f"eps, {split}", len(images), z_dim).to(images.device)
-    return bernoulli_draw(images / 255, noise), eps
+    return binarise(images, fixed_generator(f"pixels, {split}")), eps
 
 
 @torch.inference_mode()
@@ -203,7 +208,7 @@ def importance_sampled_log_px(model: VAE, x: Tensor, draws: int, batch: int = EV
 
 
 @torch.inference_mode()
-def quadrature_log_px(model: VAE, x: Tensor, points: int, block: int = 2000) -> Tensor:
+def quadrature_log_px(model: VAE, x: Tensor, points: int, block: int = 1000) -> Tensor:
     """log p(x) of every image by the trapezoid rule over a two-dimensional z: (n,) in nats, float64, on the CPU.
 
     For a smooth integrand that vanishes at the grid's edge the rule's error falls faster than any power of the step.
@@ -220,8 +225,8 @@ def quadrature_log_px(model: VAE, x: Tensor, points: int, block: int = 2000) -> 
     return total
 
 
-def evaluate(run: Run, model: VAE, data: mnist.Data) -> dict:
-    """The `result` of a trained model, on the test set."""
+def evaluate(run: Run, model: VAE, data: mnist.Data, judged_by: judge.Judge | None) -> dict:
+    """The `result` of a trained model, on the test set; with a judge, also its verdict on decoder means."""
     draws = run.args.importance_samples
     x, eps = evaluation_set(data.test_images, "test", model.z_dim)
     log_px = importance_sampled_log_px(model, x, draws)
@@ -234,6 +239,8 @@ def evaluate(run: Run, model: VAE, data: mnist.Data) -> dict:
     if model.z_dim == 2:
         result["test_nll_quadrature"] = float(-quadrature_log_px(model, x, QUADRATURE_POINTS).mean())
     result["seconds_per_1000_samples"] = experiment.seconds_per_1000(lambda n: sample(model, n), run.device)
+    if judged_by is not None:
+        result |= judge.verdict(judged_by, sample(model, judge.JUDGED), data.test_images)
     return result
 
 
@@ -254,8 +261,8 @@ def decoder_means(model: VAE, z: Tensor) -> Tensor:
 def decoder_draws(model: VAE, z: Tensor) -> Tensor:
     """Pixels drawn from p(x|z), (n, z_dim) to (n, 28, 28) uint8, 0 or 255; the noise is the same in every call."""
     means = torch.sigmoid(model.decode(z))
-    noise = fixed_uniform("draws", *means.shape).to(means.device)
-    return pictures.to_uint8(bernoulli_draw(means, noise)).view(-1, mnist.SIDE, mnist.SIDE)
+    noise = torch.rand(means.shape, generator=fixed_generator("draws")).to(means)
+    return pictures.to_uint8((noise < means).float()).view(-1, mnist.SIDE, mnist.SIDE)
 
 
 # Pictures
@@ -332,7 +339,7 @@ def draw_manifold(run: Run, epoch: int, images: Tensor) -> None:
 def flags() -> experiment.Parser:
     """The script's flags, with the report's settings as defaults."""
     parser = experiment.Parser(description=__doc__.partition("\n")[0])
-    experiment.add_flags(parser, epochs=40, batch_size=250, lr=3e-3)
+    experiment.add_flags(parser, epochs=40, batch_size=320, lr=3e-3)
     whole = {"type": experiment.positive_int}
     parser.add_argument("--z-dim", **whole, default=20, metavar="N", help="latents; 2 draws a manifold")
     parser.add_argument("--importance-samples", **whole, default=500, metavar="K", help="a test image, for log p(x)")
@@ -359,15 +366,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.sample:
         run.save_samples(sample(model, args.sample))
         return
+    judged_by = judge.load(run.device) if args.dataset == "mnist" else None
     data = mnist.load(args.dataset, args.data_dir, run.device)
     if not args.evaluate:
         train(run, model, data)
         draw_training(run)
     draw_final(run, model, data)
     if args.evaluate:
-        run.show(evaluate(run, model, data))
+        run.show(evaluate(run, model, data, judged_by))
     elif not run.is_complete(model):
-        run.complete(model, evaluate(run, model, data))
+        run.complete(model, evaluate(run, model, data, judged_by))
 
 
 if __name__ == "__main__":

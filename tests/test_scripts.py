@@ -13,7 +13,7 @@ from conftest import ROOT, SCRIPTS, contents, run_script
 SHORT = {  # flags of a run of seconds, and what makes its evaluation quick
     "vae": (
         ["--z-dim", 2, "--epochs", 2, "--batch-size", 1000, "--importance-samples", 2],
-        "vae.QUADRATURE_POINTS = 21",
+        "import judge; vae.QUADRATURE_POINTS, judge.JUDGED = 21, 1000",
     ),
 }
 RUNS = {"vae": "vae_z2"}

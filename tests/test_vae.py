@@ -204,12 +204,7 @@ def test_6_gradient_matches_finite_differences(model, x):
 # 7
 
 
-def test_7_bernoulli_draws_have_the_decoders_means(model):
-    noise = torch.rand(20_000, 5, generator=torch.Generator().manual_seed(5))
-    logits = torch.tensor([-3.0, -1.0, 0.0, 0.5, 4.0])
-    draws = vae.bernoulli_draw(torch.sigmoid(logits).expand_as(noise), noise)
-    for d in range(5):
-        assert abs(draws[:, d].mean() - torch.sigmoid(logits[d])) < 4 * standard_error(draws[:, d])
+def test_7_binarises_have_the_decoders_means(model):
     z = torch.zeros(4000, 2, dtype=torch.float64)
     pixels = vae.decoder_draws(model, z).double() / 255
     assert set(pixels.unique().tolist()) == {0.0, 1.0}
