@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help vae seeds bench report test lint clean
+.PHONY: help vae judge seeds theory bench report test lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,12 @@ vae: $(VENV)/filled  ## train both VAEs to the report's 40 epochs and draw every
 	$(PY) code/vae.py --z-dim 2
 	$(PY) report/collect.py
 
+judge: $(VENV)/filled  ## judge 10,000 samples of each model (trains the judge only if weights/judge.pt is missing)
+	test -f weights/judge.pt || $(PY) code/judge.py --train
+	$(PY) code/vae.py --sample 10000
+	$(PY) code/vae.py --z-dim 2 --sample 10000
+	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz
+
 seeds: $(VENV)/filled  ## train the VAE (z of 20) with two more seeds: the spread (figures/vae_z20_seed*.json)
 	for seed in 1 2; do \
 	  $(PY) code/vae.py --seed $$seed --out out/seed$$seed && \
@@ -29,6 +35,10 @@ seeds: $(VENV)/filled  ## train the VAE (z of 20) with two more seeds: the sprea
 
 bench: $(VENV)/filled  ## measure training's speed against the machine's ceiling (figures/bench.json)
 	$(PY) code/bench.py
+	$(PY) report/collect.py
+
+theory: $(VENV)/filled  ## check the report's pen-and-paper answers by computation (figures/theory*)
+	$(PY) code/theory.py
 	$(PY) report/collect.py
 
 report: $(VENV)/filled  ## build report/report.pdf from what is in figures/

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import experiment
+import judge
 import mnist
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ def tiny(monkeypatch) -> mnist.Data:
     images, test = (torch.randint(256, (n, 28, 28), generator=generator, dtype=torch.uint8) for n in (600, 100))
     data = mnist.Data(images, torch.arange(600) % 10, test, torch.arange(100) % 10)
     monkeypatch.setattr(mnist, "TRAIN", 500)
+    monkeypatch.setattr(judge, "JUDGED", 200)
     monkeypatch.setattr(mnist, "load", lambda dataset, data_dir, device="cpu": data)
     return data
 

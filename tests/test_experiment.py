@@ -125,6 +125,7 @@ def test_json_is_what_the_design_says(train, tmp_path):
     assert set(result) == {
         "test_elbo", "test_nll", "test_nll_se", "importance_samples",
         "parameters", "train_seconds", "peak_memory_mib", "seconds_per_1000_samples",
+        "fid", "precision", "recall", "class_counts",
     }  # fmt: skip
     assert result["train_seconds"] == pytest.approx(sum(row["seconds"] for row in content["history"]))
     assert str(tmp_path) not in text

@@ -1,0 +1,277 @@
+"""One judge of sample quality for all three models.
+
+A small convolutional classifier, trained once on the 60,000 training images and frozen from then on
+(weights/judge.pt). Its 128 penultimate features are the space in which sets of images are compared: by the Frechet
+distance (Heusel et al. 2017) and by precision and recall (Kynkaanniemi et al. 2019). Its answers count the classes.
+The distances mean nothing beside those of another judge, so the floor is printed with them: what real training images
+get in place of samples.
+
+    python code/judge.py figures/vae_z20_samples.npz    # a row for each file of samples
+    python code/judge.py --train                        # the judge itself, where its weights are missing
+"""
+
+import hashlib
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import experiment
+import mnist
+from experiment import UserError
+
+EPOCHS, BATCH, LR, SEED = 7, 128, 2e-3, 0
+SHIFT = 1  # pixels: a training batch is moved by up to so many in each direction
+NEIGHBOURS = 3  # of which the farthest sets an image's radius
+JUDGED = 10_000  # samples of a model
+FEWEST = 1000  # samples that a file may hold: fewer say little
+BLOCK = 1000  # images at once, in evaluation
+
+
+# Model
+
+
+class Judge(nn.Module):
+    """A classifier of digits: two convolutions with pooling, 128 features, ten classes.
+
+    The features are taken before their ReLU, which would fold half of the space onto its walls: behind them uniform
+    noise came within reach of a few real images.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(64 * 7 * 7, 128),
+        )  # fmt: skip
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (batch, 28, 28) uint8 to features (batch, 128) and the classes' logits (batch, 10)."""
+        features = self.body((images.float() / 255).unsqueeze(1))
+        return features, self.head(features.relu())
+
+
+# Training
+
+
+def train(data: mnist.Data, device: torch.device) -> tuple[Judge, list[dict]]:
+    """The judge, trained on all 60,000 images, and its history."""
+    torch.manual_seed(SEED)
+    model = Judge().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+    steps = len(data.images) // BATCH
+    losses = torch.zeros(steps, device=device)
+    history = []
+    for epoch in range(1, EPOCHS + 1):
+        begin = time.perf_counter()
+        drawn = experiment.progress(mnist.batches(len(data.images), BATCH, device), f"judge {epoch}/{EPOCHS}", steps)
+        for step, index in enumerate(drawn):
+            factor = experiment.warmup_cosine((epoch - 1) * steps + step, EPOCHS * steps, warmup=0.05)
+            experiment.set_lr(optimizer, LR * factor)
+            _, logits = model(shifted(data.images[index]))
+            loss = F.cross_entropy(logits, data.labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[step] = loss.detach()
+        row = {"epoch": epoch, "loss": float(losses.mean()), "seconds": time.perf_counter() - begin}
+        print(f"judge  epoch {epoch}/{EPOCHS}  loss {row['loss']:.4f}  {row['seconds']:.1f} s", file=sys.stderr)
+        history.append(row)
+    return model, history
+
+
+def shifted(images: Tensor) -> Tensor:
+    """The batch (n, 28, 28) moved by the same random number of pixels, up to SHIFT each way, background moving in."""
+    down, right = torch.randint(2 * SHIFT + 1, (2,)).tolist()
+    return F.pad(images, (SHIFT,) * 4)[:, down : down + mnist.SIDE, right : right + mnist.SIDE]
+
+
+# Measures
+
+
+@torch.inference_mode()
+def features_and_classes(model: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (n, 128) in float64 and predicted classes (n,) of images (n, 28, 28) uint8, both on the CPU."""
+    device = next(model.parameters()).device
+    parts = [model(part.to(device)) for part in images.split(BLOCK)]
+    return torch.cat([part[0] for part in parts]).cpu().double(), torch.cat([part[1].argmax(1) for part in parts]).cpu()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Frechet distance of the Gaussians with the means and covariances of features (n, d) and (m, d), in float64.
+
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), the last trace being the sum of the square roots of the
+    eigenvalues of a symmetric matrix, which are real and, but for rounding, not negative.
+    """
+    a, b = a.double(), b.double()
+    values, vectors = torch.linalg.eigh(torch.cov(a.T))
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    between = torch.linalg.eigvalsh(root_a @ torch.cov(b.T) @ root_a).clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + values.sum() + torch.cov(b.T).trace() - 2 * between
+    return float(distance.clamp(min=0))
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances (n, m) of the rows of (n, d) and (m, d)."""
+    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0).sqrt()
+
+
+def radii(features: Tensor) -> Tensor:
+    """Distance (n,) of each row to its NEIGHBOURS-th nearest other row."""
+    nearest = [distances(part, features).topk(NEIGHBOURS + 1, largest=False).values for part in features.split(BLOCK)]
+    return torch.cat(nearest)[:, -1]  # the nearest of all is the row itself
+
+
+def covered(features: Tensor, by: Tensor) -> float:
+    """Share of the rows of `features` that lie in the ball of at least one row of `by`, whose radii are `radii(by)`."""
+    reach = radii(by)
+    inside = [(distances(part, by) <= reach).any(1) for part in features.split(BLOCK)]
+    return float(torch.cat(inside).double().mean())
+
+
+def verdict(model: Judge, images: Tensor, reference: Tensor) -> dict:
+    """fid, precision, recall and class_counts of images (n, 28, 28) uint8 against those of `reference`.
+
+    Precision is the share of images near a real one, recall the share of real ones near an image, nearness being within
+    the distance of a k-th nearest neighbour, k = 3.
+    """
+    features, classes = features_and_classes(model, images)
+    real, _ = features_and_classes(model, reference)
+    return {
+        "fid": frechet_distance(features, real),
+        "precision": covered(features, by=real),
+        "recall": covered(real, by=features),
+        "class_counts": classes.bincount(minlength=10).tolist(),
+    }
+
+
+# Files
+
+
+def load(device: torch.device, root: Path = experiment.ROOT) -> Judge:
+    """The frozen judge. Raises UserError if its weights are missing or damaged: it is never trained silently."""
+    path = root / "weights" / "judge.pt"
+    if not path.exists():
+        raise UserError(f"no judge at {path}: train it with: python code/judge.py --train")
+    archive = experiment.load_archive(path, "the judge")
+    model = Judge().to(device)
+    try:
+        model.load_state_dict(archive["model"])
+    except (KeyError, RuntimeError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} holds something else than the judge: delete it, and run code/judge.py --train"
+        ) from None
+    return model
+
+
+def read_samples(path: Path) -> Tensor:
+    """The images of an .npz as (n, 28, 28) uint8. Raises UserError if it holds anything else."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} is no .npz archive: write one with numpy.savez({path.name!r}, images=...)")
+            if "images" not in archive:
+                raise UserError(f"{path} has the keys {sorted(archive)}, not 'images'")
+            images = archive["images"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} cannot be read ({reason}): write it with numpy.savez, key images, no objects"
+        ) from None
+    if images.dtype != np.uint8:
+        raise UserError(f"{path} holds {images.dtype}, not uint8: scale the images to 0 .. 255 and round them")
+    if images.ndim != 3 or images.shape[1:] != (mnist.SIDE, mnist.SIDE):
+        raise UserError(f"{path} holds images of shape {images.shape}, not (N, {mnist.SIDE}, {mnist.SIDE})")
+    if len(images) < FEWEST:
+        raise UserError(f"{path} holds {len(images)} images: at least {FEWEST} are needed")
+    if images.max() <= 1:
+        raise UserError(f"{path} holds no value above 1: scale the images to 0 .. 255")
+    return torch.from_numpy(images)
+
+
+def row(name: str, result: dict) -> str:
+    """A line of the table."""
+    counts = " ".join(f"{count:5d}" for count in result["class_counts"])
+    return f"{result['fid']:9.2f}  {result['precision']:9.3f}  {result['recall']:6.3f}  {counts}  {name}"
+
+
+def floor(model: Judge, data: mnist.Data, reference: Tensor) -> dict:
+    """The verdict on 10,000 real training images: what perfect samples would get."""
+    return verdict(model, data.train_images[:JUDGED], reference)
+
+
+def train_and_save(data: mnist.Data, device: torch.device, out: Path) -> None:
+    """Train the judge, and write its weights and figures/judge.json."""
+    path = experiment.folder(out / "weights") / "judge.pt"
+    figures = experiment.folder(out / "figures")
+    if path.exists():
+        raise UserError(f"{path} is there, and every committed distance depends on it: delete it to train another")
+    environment = experiment.environment(device)
+    model, history = train(data, device)
+    _, classes = features_and_classes(model, data.test_images)
+    config = {"epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "seed": SEED, "shift": SHIFT, "neighbours": NEIGHBOURS}
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    weights = experiment.torch_bytes({"run": "judge", "config": config, "model": state})
+    result = {
+        "test_accuracy": float((classes == data.test_labels.cpu()).double().mean()),
+        "floor": floor(model, data, data.test_images),
+        "floor_validation": floor(model, data, data.validation_images),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "train_seconds": sum(each["seconds"] for each in history),
+        "peak_memory_mib": experiment.peak_memory_mib(device),
+    }
+    content = {"run": "judge", "config": config, "environment": environment, "history": history, "result": result}
+    experiment.write(path, weights)
+    content["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    experiment.write(figures / "judge.json", experiment.json_bytes(content))
+    print(f"test accuracy {100 * result['test_accuracy']:.2f}%, {result['train_seconds']:.0f} s of training")
+
+
+# Flags
+
+
+def flags() -> experiment.Parser:
+    """The script's flags."""
+    parser = experiment.Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE.npz", help="samples: key images, uint8, N x 28 x 28"
+    )
+    parser.add_argument("--reference", choices=("test", "validation"), default="test", help="the real images")
+    parser.add_argument("--train", action="store_true", help="train the judge, if there is none yet")
+    parser.add_argument(
+        "--out", type=Path, default=experiment.ROOT, metavar="DIR", help="the judge is DIR/weights/judge.pt"
+    )
+    experiment.add_machine_flags(parser)
+    return parser
+
+
+@experiment.exit_status
+def main(argv: list[str] | None = None) -> None:
+    """Judge files of samples, or train the judge."""
+    args = flags().parse_args(argv)
+    device = experiment.device(args.device)
+    if args.train == bool(args.files):
+        raise UserError("name one or more .npz files of samples, or --train")
+    if args.train:
+        train_and_save(mnist.load("mnist", args.data_dir, device), device, args.out)
+        return
+    model = load(device, args.out)
+    samples = {path: read_samples(path) for path in args.files}
+    data = mnist.load("mnist", args.data_dir, device)
+    reference = data.test_images if args.reference == "test" else data.validation_images
+    print(f"against {len(reference):,} {args.reference} images; k = {NEIGHBOURS}")
+    print("  Frechet  precision  recall  " + " ".join(f"{digit:5d}" for digit in range(10)))
+    print(row(f"({JUDGED:,} training images: the floor)", floor(model, data, reference)), flush=True)
+    for path, images in experiment.progress(samples.items(), "judging"):
+        print(row(f"{path} ({len(images):,})", verdict(model, images, reference)), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The judge: its measures against closed forms and scipy, its errors, and the frozen weights on real images."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+import experiment
+import judge
+import mnist
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def model() -> judge.Judge:
+    return judge.load(torch.device("cpu"), ROOT)
+
+
+@pytest.fixture(scope="module")
+def data(data_dir) -> mnist.Data:
+    return mnist.load("mnist", data_dir)
+
+
+def normal(n: int, d: int, seed: int) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# 17
+
+
+def test_17_frechet_distance_of_a_set_with_itself_is_zero():
+    a = normal(500, 20, 0) @ normal(20, 20, 1)
+    assert judge.frechet_distance(a, a) < 1e-9 * a.square().sum(1).mean()
+    assert judge.frechet_distance(a, a.flip(0)) < 1e-9 * a.square().sum(1).mean()
+
+
+def test_17_frechet_distance_of_two_gaussians_in_closed_form():
+    """With exact moments and commuting covariances it is |difference of means|^2 + sum of (sd_a - sd_b)^2."""
+    z = normal(400, 6, 2)
+    z = z - z.mean(0)
+    z = z @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T))).T  # covariance exactly I
+    rotation = torch.linalg.qr(normal(6, 6, 3)).Q
+    sd_a, sd_b = torch.tensor([1, 2, 3, 0.1, 0, 1]).double(), torch.tensor([2, 2, 1, 0.5, 1, 0]).double()
+    shift = torch.arange(6.0, dtype=torch.float64)
+    expected = shift.square().sum() + (sd_a - sd_b).square().sum()
+    ours = judge.frechet_distance(z * sd_a @ rotation, (z * sd_b + shift) @ rotation)
+    assert ours == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_17_frechet_distance_agrees_with_scipys_matrix_square_root():
+    a, b = normal(300, 12, 4) @ normal(12, 12, 5) + 1, normal(200, 12, 6) @ normal(12, 12, 7)
+    cov_a, cov_b = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
+    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(cov_a + cov_b - 2 * root)
+    assert judge.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert judge.frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
+
+
+# Precision and recall
+
+
+def test_radii_are_distances_to_the_third_nearest_other_row():
+    line = torch.tensor([[0.0], [1.0], [3.0], [7.0], [20.0]], dtype=torch.float64)
+    assert judge.radii(line).tolist() == [7, 6, 4, 7, 19]
+
+
+def test_covered_against_a_plain_loop():
+    a, b = normal(60, 3, 8), 1.5 * normal(40, 3, 9)
+    reach = [sorted(math.dist(row, other) for other in b.tolist())[judge.NEIGHBOURS] for row in b.tolist()]
+    inside = [any(math.dist(row, each) <= r for each, r in zip(b.tolist(), reach)) for row in a.tolist()]
+    assert 0 < sum(inside) < 60
+    assert judge.covered(a, by=b) == sum(inside) / 60
+
+
+def test_precision_and_recall_tell_missing_modes_from_bad_samples():
+    real = torch.cat((normal(500, 2, 10), normal(500, 2, 11) + 20))
+    one_mode = normal(1000, 2, 12)
+    assert judge.covered(one_mode, by=real) > 0.9 and 0.4 < judge.covered(real, by=one_mode) < 0.55
+    scattered = torch.cat((normal(500, 2, 13), normal(500, 2, 14) + 20, 500 * normal(1000, 2, 15)))
+    assert judge.covered(scattered, by=real) < 0.6 and judge.covered(real, by=scattered) > 0.9
+
+
+# The frozen judge
+
+
+def test_accuracy_and_floor_are_those_of_the_json(model, data):
+    content = json.loads((ROOT / "figures" / "judge.json").read_text())["result"]
+    _, classes = judge.features_and_classes(model, data.test_images)
+    accuracy = (classes == data.test_labels).double().mean().item()
+    assert accuracy == pytest.approx(content["test_accuracy"], abs=2e-4) and accuracy >= 0.992
+    floor = judge.floor(model, data, data.test_images)
+    for key in ("fid", "precision", "recall"):
+        assert floor[key] == pytest.approx(content["floor"][key], rel=1e-2)
+    assert sum(floor["class_counts"]) == 10_000 and floor["precision"] > 0.8 and floor["recall"] > 0.8
+
+
+def test_noise_and_copies_are_seen_through(model, data):
+    noise = torch.randint(256, (10_000, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    result = judge.verdict(model, noise, data.test_images)
+    floor = json.loads((ROOT / "figures" / "judge.json").read_text())["result"]["floor"]["fid"]
+    assert result["fid"] > 100 * floor and result["precision"] == 0
+    copies = judge.verdict(model, data.train_images[:1].expand(5000, 28, 28), data.test_images)
+    assert copies["recall"] < 0.01 and max(copies["class_counts"]) == 5000
+
+
+# Files
+
+
+def test_a_table_with_a_row_for_each_file(tmp_path, data, data_dir, capsys):
+    for name, images in (("a", data.train_images[:1000]), ("b", data.train_images[1000:2500])):
+        np.savez_compressed(tmp_path / f"{name}.npz", images=images.numpy())
+    files = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]
+    assert judge.main([*files, "--reference", "validation", "--data-dir", str(data_dir), "--out", str(ROOT)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "validation" in lines[0] and "floor" in lines[2] and "a.npz (1,000)" in lines[3] and "b.npz" in lines[4]
+    assert 0 < float(lines[2].split()[0]) < float(lines[3].split()[0]) < 100 * float(lines[2].split()[0])
+
+
+GOOD = np.random.default_rng(0).integers(0, 256, (1000, 28, 28), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"samples": GOOD}, "'images'"),
+        ({"images": GOOD.astype(np.float32)}, "float32"),
+        ({"images": GOOD.reshape(1000, 784)}, "(1000, 784)"),
+        ({"images": GOOD[:, :20]}, "(1000, 20, 28)"),
+        ({"images": GOOD[:999]}, "999"),
+        ({"images": GOOD // 200}, "0 .. 255"),
+        ({"images": np.array([{}, []], dtype=object)}, "no objects"),
+    ],
+)
+def test_bad_samples_are_one_line(tmp_path, capsys, arrays, words):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    assert judge.main([str(tmp_path / "bad.npz"), "--out", str(ROOT)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error and "bad.npz" in error
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no archive", b"PK\x03\x04 half an archive"])
+def test_files_that_cannot_be_read_are_one_line(tmp_path, capsys, content):
+    path = tmp_path / "bad.npz"
+    if content is not None:
+        path.write_bytes(content)
+    assert judge.main([str(path), "--out", str(ROOT)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "bad.npz" in error
+
+
+def test_a_single_array_is_no_archive(tmp_path, capsys):
+    np.save(tmp_path / "bad.npy", GOOD)
+    assert judge.main([str(tmp_path / "bad.npy"), "--out", str(ROOT)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "npz" in error
+
+
+def test_missing_weights_name_the_command_and_nothing_is_trained(tmp_path, capsys):
+    np.savez(tmp_path / "good.npz", images=GOOD)
+    assert judge.main([str(tmp_path / "good.npz"), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "code/judge.py --train" in error
+    assert not (tmp_path / "weights").exists()
+
+
+def test_training_never_replaces_the_frozen_judge(tmp_path, data_dir, capsys):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "judge.pt").write_bytes(b"frozen")
+    assert judge.main(["--train", "--data-dir", str(data_dir), "--out", str(tmp_path)]) == 2
+    assert "delete it" in capsys.readouterr().err
+    assert (tmp_path / "weights" / "judge.pt").read_bytes() == b"frozen"
+
+
+def test_training_writes_weights_and_json(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "EPOCHS", 1)
+    monkeypatch.setattr(judge, "JUDGED", 100)
+    assert judge.main(["--train", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "figures" / "judge.json").read_text())
+    assert {"test_accuracy", "floor", "floor_validation", "parameters", "train_seconds"} <= set(content["result"])
+    reread = judge.load(torch.device("cpu"), tmp_path)
+    assert sum(p.numel() for p in reread.parameters()) == content["result"]["parameters"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--train", "x.npz"]])
+def test_files_or_training(capsys, flags):
+    assert judge.main(flags) == 2
+    assert "--train" in capsys.readouterr().err
+
+
+def test_shifted_moves_the_whole_batch_alike():
+    images = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    images[:, 10, 10] = 200
+    seen = set()
+    for _ in range(200):
+        moved = judge.shifted(images)
+        assert moved.shape == images.shape and torch.equal(moved[0], moved[1]) and moved[0].sum() == 200
+        seen.add(tuple(moved[0].nonzero()[0].tolist()))
+    assert seen == {(y, x) for y in range(8, 13) for x in range(8, 13)}
+
+
+def test_load_says_what_is_wrong_with_the_weights(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "judge.pt").write_bytes(experiment.torch_bytes({"model": {}}))
+    with pytest.raises(experiment.UserError, match="something else"):
+        judge.load(torch.device("cpu"), tmp_path)
