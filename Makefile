@@ -25,6 +25,7 @@ judge: $(VENV)/filled  ## judge 10,000 samples of each model (trains the judge o
 	$(PY) code/vae.py --sample 10000
 	$(PY) code/vae.py --z-dim 2 --sample 10000
 	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz
+	$(PY) report/collect.py
 
 seeds: $(VENV)/filled  ## train the VAE (z of 20) with two more seeds: the spread (figures/vae_z20_seed*.json)
 	for seed in 1 2; do \
@@ -44,7 +45,7 @@ theory: $(VENV)/filled  ## check the report's pen-and-paper answers by computati
 report: $(VENV)/filled  ## build report/report.pdf from what is in figures/
 	$(PY) report/collect.py
 	@command -v latexmk >/dev/null || { echo "make report: no LaTeX here; install Debian's latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern" >&2; exit 2; }
-	cd report && latexmk -pdf -interaction=nonstopmode -halt-on-error report.tex
+	cd report && SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 latexmk -pdf -interaction=nonstopmode -halt-on-error report.tex
 
 test: $(VENV)/filled  ## run the tests (fetches MNIST first)
 	$(PY) -m pytest

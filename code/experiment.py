@@ -77,7 +77,7 @@ def exit_status(main: Callable[[list[str] | None], None]) -> Callable[[list[str]
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
                 raise
-            message, status = "out of memory: try a smaller --batch-size", 1
+            message, status = "out of memory: ask for less, a smaller --batch-size for example", 1
         except Stopped as stop:
             message, status = f"stopped; {stop}", 128 + stop.signum
         finally:
@@ -333,10 +333,11 @@ def torch_bytes(content: Any) -> bytes:
     return buffer.getvalue()
 
 
-def load_archive(path: Path, what: str) -> dict:
+def load_archive(path: Path, what: str, advice: str = "delete it, and train again") -> dict:
     """The dictionary in a torch archive, on the CPU. Raises UserError if the file is damaged or cannot be read.
 
-    The zip's checksums are tested first, because torch loads flipped bytes without a word.
+    what: its name in a message, as in "the weights"; advice: what to do about a damaged one. The zip's checksums are
+    tested first, because torch loads flipped bytes without a word.
     """
     try:
         content = path.read_bytes()
@@ -350,7 +351,15 @@ def load_archive(path: Path, what: str) -> dict:
         raise
     except Exception:  # damaged bytes end in whatever the reader of the day stumbles over
         pass
-    raise UserError(f"{what} {path} is damaged: delete it, and train again")
+    raise UserError(f"{what} {path} is damaged: {advice}")
+
+
+def load_state(model: nn.Module, archive: dict, path: Path, what: str) -> None:
+    """Load the archive's "model" into `model`. Raises UserError if it is of another network."""
+    try:
+        model.load_state_dict(archive["model"])
+    except (KeyError, RuntimeError, TypeError, AttributeError):
+        raise UserError(f"{what} {path} is of another network than this program's") from None
 
 
 # A run
@@ -592,8 +601,5 @@ class Run:
                 if path == found[-1]:
                     raise
                 continue
-            try:
-                model.load_state_dict(archive["model"])
-                return
-            except (KeyError, RuntimeError, TypeError, AttributeError):
-                raise UserError(f"the weights {path} are of another network: train again") from None
+            load_state(model, archive, path, "the weights")
+            return

@@ -13,7 +13,6 @@ get in place of samples.
 import hashlib
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +38,8 @@ BLOCK = 1000  # images at once, in evaluation
 class Judge(nn.Module):
     """A classifier of digits: two convolutions with pooling, 128 features, ten classes.
 
-    The features are taken before their ReLU, which would fold half of the space onto its walls: behind them uniform
-    noise came within reach of a few real images.
+    The features are taken before their ReLU, which would fold half of the space onto its walls: after it, uniform noise
+    fell within the radius of a few real images.
     """
 
     def __init__(self):
@@ -140,7 +139,7 @@ def verdict(model: Judge, images: Tensor, reference: Tensor) -> dict:
     """fid, precision, recall and class_counts of images (n, 28, 28) uint8 against those of `reference`.
 
     Precision is the share of images near a real one, recall the share of real ones near an image, nearness being within
-    the distance of a k-th nearest neighbour, k = 3.
+    the distance of a NEIGHBOURS-th nearest neighbour.
     """
     features, classes = features_and_classes(model, images)
     real, _ = features_and_classes(model, reference)
@@ -160,31 +159,24 @@ def load(device: torch.device, root: Path = experiment.ROOT) -> Judge:
     path = root / "weights" / "judge.pt"
     if not path.exists():
         raise UserError(f"no judge at {path}: train it with: python code/judge.py --train")
-    archive = experiment.load_archive(path, "the judge")
     model = Judge().to(device)
-    try:
-        model.load_state_dict(archive["model"])
-    except (KeyError, RuntimeError, TypeError, AttributeError):
-        raise UserError(
-            f"{path} holds something else than the judge: delete it, and run code/judge.py --train"
-        ) from None
+    archive = experiment.load_archive(path, "the judge", "restore it with: git checkout weights/judge.pt")
+    experiment.load_state(model, archive, path, "the judge")
     return model
 
 
 def read_samples(path: Path) -> Tensor:
     """The images of an .npz as (n, 28, 28) uint8. Raises UserError if it holds anything else."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is no .npz archive: write one with numpy.savez({path.name!r}, images=...)")
-            if "images" not in archive:
-                raise UserError(f"{path} has the keys {sorted(archive)}, not 'images'")
-            images = archive["images"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        archive = np.load(path, allow_pickle=False)
+        images = archive["images"] if isinstance(archive, np.lib.npyio.NpzFile) else None
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:  # whatever numpy, zipfile and zlib stumble over in other people's files
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{path} cannot be read ({reason}): write it with numpy.savez, key images, no objects"
-        ) from None
+        raise UserError(f"{path} has no readable 'images' ({reason}): write it with numpy.savez, no objects") from None
+    if not isinstance(images, np.ndarray):
+        raise UserError(f"{path} is no .npz with an array 'images': write it with numpy.savez")
     if images.dtype != np.uint8:
         raise UserError(f"{path} holds {images.dtype}, not uint8: scale the images to 0 .. 255 and round them")
     if images.ndim != 3 or images.shape[1:] != (mnist.SIDE, mnist.SIDE):
@@ -211,7 +203,7 @@ def train_and_save(data: mnist.Data, device: torch.device, out: Path) -> None:
     """Train the judge, and write its weights and figures/judge.json."""
     path = experiment.folder(out / "weights") / "judge.pt"
     figures = experiment.folder(out / "figures")
-    if path.exists():
+    if path.exists() and (figures / "judge.json").exists():
         raise UserError(f"{path} is there, and every committed distance depends on it: delete it to train another")
     environment = experiment.environment(device)
     model, history = train(data, device)
@@ -263,13 +255,13 @@ def main(argv: list[str] | None = None) -> None:
         train_and_save(mnist.load("mnist", args.data_dir, device), device, args.out)
         return
     model = load(device, args.out)
-    samples = {path: read_samples(path) for path in args.files}
+    samples = [(path, read_samples(path)) for path in args.files]
     data = mnist.load("mnist", args.data_dir, device)
     reference = data.test_images if args.reference == "test" else data.validation_images
     print(f"against {len(reference):,} {args.reference} images; k = {NEIGHBOURS}")
     print("  Frechet  precision  recall  " + " ".join(f"{digit:5d}" for digit in range(10)))
     print(row(f"({JUDGED:,} training images: the floor)", floor(model, data, reference)), flush=True)
-    for path, images in experiment.progress(samples.items(), "judging"):
+    for path, images in samples:
         print(row(f"{path} ({len(images):,})", verdict(model, images, reference)), flush=True)
 
 

@@ -74,7 +74,7 @@ class VAE(nn.Module):
 def binarise(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Bernoulli pixels with mean value/255, 0. or 1., of uint8 images of any shape.
 
-    Of the 255 equally likely integers 0 to 254, just `value` are below the value. With a generator, which must be the
+    Exactly `value` of the 255 equally likely integers 0 to 254 are below `value`. With a generator, which must be the
     CPU's, the pixels are the same on every device.
     """
     device = images.device if generator is None else "cpu"
@@ -246,7 +246,7 @@ def evaluate(run: Run, model: VAE, data: mnist.Data, judged_by: judge.Judge | No
 
 @torch.inference_mode()
 def sample(model: VAE, n: int) -> Tensor:
-    """The pixels' means for n latents of the prior: (n, 28, 28) uint8, the same for every call and device."""
+    """The pixels' means for n latents of the prior: (n, 28, 28) uint8, of the same latents in every call."""
     z = fixed_normal("samples", n, model.z_dim).to(next(model.parameters()).device)
     return torch.cat([decoder_means(model, part) for part in z.split(EVALUATION_BATCH)])
 

@@ -19,7 +19,9 @@ sys.path.insert(0, str(ROOT / "code"))
 
 from experiment import UserError, exit_status, write  # noqa: E402
 
-DECIMALS = {"elbo": 2, "nll": 2, "quadrature": 2, "se": 2, "bpd": 3, "iw": 3}  # by the last word of a key
+DECIMALS = {  # of a value whose key has this word, the first that fits
+    "elbo": 2, "nll": 2, "gap": 2, "bpd": 3, "accuracy": 4, "fid": 1, "precision": 3, "recall": 3,
+}  # fmt: skip
 
 COMMANDS = {  # script -> run -> command, as in the scripts' docstrings
     "code/vae.py": {"vae_z20": "code/vae.py", "vae_z2": "code/vae.py --z-dim 2"},
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def collect(root: Path) -> dict[Path, str]:
     """The generated files of a checkout with their contents. Raises UserError naming a key that a JSON lacks."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted((root / "figures").glob("*.json"))}
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / "figures").glob("*.json"))}
     files = {root / "report" / "numbers.tex": numbers_tex(results)}
     try:
         tables = {
@@ -49,7 +51,7 @@ def collect(root: Path) -> dict[Path, str]:
             tables["tried"] = tried_table(results["bench"])
             files[root / "docs" / "speed.md"] = between_markers(root / "docs" / "speed.md", tables)
         for script, commands in COMMANDS.items():
-            source = (root / script).read_text()
+            source = (root / script).read_text(encoding="utf-8")
             for run, command in commands.items():
                 if run in results:
                     pattern = rf"(?m)^( +python {re.escape(command)} +# ).*$"
@@ -64,7 +66,7 @@ def collect(root: Path) -> dict[Path, str]:
 
 def between_markers(path: Path, texts: dict[str, str]) -> str:
     """The file's content with each text between the markers of its name."""
-    content = path.read_text()
+    content = path.read_text(encoding="utf-8")
     for name, text in texts.items():
         parts = re.split(rf"(<!-- /?{name} -->)", content)
         if len(parts) != 5:
@@ -76,27 +78,29 @@ def between_markers(path: Path, texts: dict[str, str]) -> str:
 def claim(content: dict) -> str:
     """What a script's docstring says its command measured."""
     result = content["result"]
-    bound, nll, seconds = result["test_elbo"], result["test_nll"], result["train_seconds"]
+    bound, seconds = result["test_elbo"], result["train_seconds"]
+    nll = result.get("test_nll_quadrature", result["test_nll"])
     return f"z of {content['config']['z_dim']}: test ELBO {bound:.2f} nats, -log p(x) {nll:.2f}; {seconds:.0f} s"
 
 
 def rounded(key: str, value: float | int | str) -> str:
     """A value as it is printed, by what its key says it is."""
-    word = re.split(r"[._]", key)[-1]
     if isinstance(value, str):
         return value
     if isinstance(value, int):
         return f"{value:,}"
-    if word in DECIMALS:
-        return f"{value:.{DECIMALS[word]}f}"
+    words = re.split(r"[._]", key)
+    for word, decimals in DECIMALS.items():
+        if word in words:
+            return f"{value:.{decimals}f}"
     return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
 def entries(content: dict, prefix: str) -> Iterator[tuple[str, float | int | str]]:
-    """Every value in nested dictionaries with its dotted key; of a history, the rows `first`, `one` and `last`."""
+    """Every value in nested dictionaries with its dotted key; of a history, some epochs' rows and the last."""
     for key, value in content.items():
         if key == "history":
-            value = {"first": value[0], "one": value[1], "last": value[-1]}
+            value = {row["epoch"]: row for row in value if row["epoch"] in (0, 1, 10)} | {"last": value[-1]}
         elif isinstance(value, list):
             value = {str(index): each for index, each in enumerate(value)}
         if isinstance(value, dict):
@@ -111,7 +115,9 @@ def numbers_tex(results: dict[str, dict]) -> str:
     for run, content in results.items():
         for key, value in entries(content, f"{run}."):
             if not isinstance(value, str):
-                text = rounded(key, value).replace(",", "{,}").replace("-", "\\ensuremath{-}")
+                text = rounded(key, value).replace(",", "{,}")
+                text = re.sub(r"e(-?)0?(\d+)$", r"\\ensuremath{\\cdot10^{\1\2}}", text)
+                text = re.sub(r"^-", r"\\ensuremath{-}", text)
                 lines.append(f"\\expandafter\\def\\csname num:{key}\\endcsname{{{text}}}")
     return "\n".join(lines) + "\n"
 
@@ -138,16 +144,16 @@ def results_table(results: dict[str, dict]) -> str:
             nlls = ", ".join(f"{seed['result']['test_nll']:.2f}" for seed in seeds)
             remarks.append(f"`{run}` with {len(seeds)} seeds: validation ELBO {bounds}; test -log p(x) {nlls}.")
         passed = seconds_until(history, original)
-        remarks.append(f"Validation of `{run}` passed the original's {original} after {passed:.0f} s.")
+        remarks.append(f"Validation of `{run}` passed the original's {original} (static) after {passed:.0f} s.")
     if "theory" in results:
         answer = results["theory"]["q1_4"]
         short = ", ".join(f"{answer[f'gap_{at}']:.2f}" for at in ("median", "percentile_90", "percentile_99"))
-        both = f"{answer['nll_half_from_the_prior']:.2f} and {answer['nll_quadrature']:.2f}"
+        both = f"{answer['nll_from_q_and_prior']:.2f} and {answer['nll_quadrature']:.2f}"
         remarks.append(
             "With z of 2, quadrature is the truth, and importance sampling falls short of it where the encoder's "
             "narrow Gaussian misses the posterior ([picture](figures/theory_posterior.png)): on "
-            f"{answer['images']:,} test images by {short} nats at the median, the 90th and the 99th percentile. "
-            f"With every second sample from the prior the two agree: {both}."
+            f"{answer['images']:,} test images, with {answer['draws']:,} samples of q, by {short} nats at the median, "
+            f"the 90th and the 99th percentile. With half of the samples from the prior the two agree: {both} nats."
         )
     head = ("run", "validation ELBO", "test ELBO", "test -log p(x)", "by quadrature", "training", "original's, static")
     where = measured_on(results[run]["environment"] for run in ORIGINAL if run in results)
@@ -235,9 +241,9 @@ def tried_table(bench: dict) -> str:
     rows = []
     for name, row in bench["models"].items():
         for variant, rate in row["tried_images_per_second"].items():
-            first = row["tried_first_call_seconds"][variant]
-            rows.append((f"`{name}`", variant, f"{rate / row['images_per_second']:.2f}", f"{first:.1f}"))
-    return markdown(("model", "variant", "times the script's images/s", "its first 40 steps, s"), rows)
+            extra = f" (after {row['compile_seconds']:.0f} s of compiling)" if "compiled" in variant else ""
+            rows.append((f"`{name}`", variant + extra, f"{rate / row['images_per_second']:.2f}"))
+    return markdown(("model", "variant", "times the script's images/s"), rows)
 
 
 if __name__ == "__main__":

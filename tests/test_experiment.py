@@ -143,7 +143,7 @@ def test_evaluate_gives_the_result_again_and_sample_writes_an_npz(train, tmp_pat
     assert vae.main([*FLAGS, "--out", str(tmp_path / "out"), "--evaluate"]) == 0
     again = json.loads(capsys.readouterr().out)
     trained = json.loads(before["figures/vae_z20.json"])["result"]
-    for key in ("test_elbo", "test_nll", "test_nll_se"):
+    for key in ("test_elbo", "test_nll", "test_nll_se", "fid", "precision", "recall", "class_counts"):
         assert again[key] == pytest.approx(trained[key], rel=1e-6)
     assert contents(tmp_path / "out") == before
     drawn = []
@@ -179,7 +179,7 @@ def test_using_weights_that_are_missing_or_other(train, tmp_path, flag):
     weights.write_bytes(experiment.torch_bytes({**archive, "run": "gan"}))
     fails(train(flag), 2, "of gan, not of vae_z20")
     weights.write_bytes(experiment.torch_bytes({**archive, "model": {}}))
-    fails(train(flag), 2, "another network")
+    fails(train(flag), 2, "of another network")
 
 
 def test_resume_without_a_checkpoint_says_so_and_starts(tiny, tmp_path, capsys):

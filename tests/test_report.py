@@ -28,42 +28,92 @@ def test_every_number_the_report_uses_is_defined():
     assert used and used <= defined | {"run.key"}, used - defined
 
 
+ENVIRONMENT = {"cpu": "C", "threads": 2, "torch": "T"}
+
+
+def write_json(checkout, name, content):
+    (checkout / "figures" / f"{name}.json").write_text(json.dumps(content))
+
+
 @pytest.fixture
 def checkout(tmp_path):
-    """A small checkout with one run."""
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "README.md").write_text(
-        "a\n<!-- results -->\nold\n<!-- /results -->\n"
-        "<!-- judged -->\n<!-- /judged -->\n<!-- healthy -->\n<!-- /healthy -->\nb\n"
-    )
-    history = [
-        {"epoch": e, "val_elbo": v, "seconds": 3.0} for e, v in enumerate((-543.21, -105, -100.126, *[-99.0] * 38))
-    ]
-    (tmp_path / "code").mkdir()
+    """A small checkout with two seeds of one run, the judge, a bench and an answer."""
+    for folder in ("figures", "code", "docs"):
+        (tmp_path / folder).mkdir()
+    marked = {"README.md": ("results", "judged", "healthy"), "docs/speed.md": ("ceiling", "ladder", "tried")}
+    for path, markers in marked.items():
+        text = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in markers)
+        (tmp_path / path).write_text(f"a\n{text}b\n")
     (tmp_path / "code" / "vae.py").write_text('"""\n    python code/vae.py    # old\n"""\n')
+    bounds = (-543.21, -105.0, -100.126, *[-99.0] * 38)
+    history = [{"epoch": e, "val_elbo": bound, "seconds": 3.0} for e, bound in enumerate(bounds)]
     result = {"test_elbo": -1, "test_nll": 2, "test_nll_se": 0.5, "importance_samples": 500, "train_seconds": 1234.5}
     result |= {"fid": 12.34, "precision": 0.5, "recall": 0.25, "class_counts": [5, 15]}
-    content = {
-        "history": history,
-        "result": result,
-        "config": {"z_dim": 20},
-        "environment": {"cpu": "C", "threads": 2, "torch": "T"},
-    }
-    (tmp_path / "figures" / "vae_z20.json").write_text(json.dumps(content))
+    run = {"config": {"z_dim": 20}, "environment": ENVIRONMENT, "history": history, "result": result}
+    write_json(tmp_path, "vae_z20", run)
+    write_json(tmp_path, "vae_z20_seed1", {**run, "result": {**result, "test_nll": 2.25}})
+    floor = {"fid": 1.5, "precision": 0.9, "recall": 0.8, "class_counts": [10, 10]}
+    write_json(tmp_path, "judge", {"result": {"test_accuracy": 0.99384, "floor": floor}})
+    gaps = {"gap_median": 0.011, "gap_percentile_90": 4.5, "gap_percentile_99": 43.0}
+    answer = {"images": 500, "draws": 4000, "nll_from_q_and_prior": 130.1, "nll_quadrature": 130.2, **gaps}
+    write_json(tmp_path, "theory", {"q1_4": answer})
+    rates = {"images_per_second": 20_000, "gflops": 100, "ceiling_gflops": 150, "percent_of_ceiling": 66.6}
+    row = {**rates, "products_gflops": 120, "parameters": 7, "evaluation_percent_of_epoch": 9, "compile_seconds": 21}
+    row |= {"percent_of_step": {"products": 80, "data_and_noise": 5, "optimizer": 5, "elementwise_and_rest": 10}}
+    row |= {"ladder_images_per_second": {"textbook loop": 10_000, "the script's step": 20_000}}
+    row |= {"tried_images_per_second": {"the objective compiled": 22_000, "twice the batch size": 21_000}}
+    write_json(tmp_path, "bench", {"models": {"vae_z20": row}, "environment": ENVIRONMENT, "rounds": 7})
     return tmp_path
 
 
 def test_numbers_follow_the_json(checkout):
     files = {path.name: text for path, text in collect.collect(checkout).items()}
-    assert r"num:vae_z20.history.last.val_elbo\endcsname{\ensuremath{-}99.00}" in files["numbers.tex"]
-    assert "| `vae_z20` | -99.00 | -1.00 | 2.00 ± 0.50 | - | 1234 s | -101.7 |" in files["README.md"] and files[
-        "README.md"
-    ].startswith("a\n<!-- results -->\n|")
     assert "    python code/vae.py    # z of 20: test ELBO -1.00 nats" in files["vae.py"]
-    assert "| `vae_z20` | 12.3 | 0.500 | 0.250 | 25.0% and 75.0% |" in files["README.md"]
-    assert "| 10 | -99.0 |" in files["README.md"]
-    assert "passed the original's -101.7 after 9 s" in files["README.md"]
-    assert files["README.md"].endswith("<!-- /healthy -->\nb\n") and "old" not in files["README.md"]
+    for expected in (
+        r"num:vae_z20.history.last.val_elbo\endcsname{\ensuremath{-}99.00}",
+        r"num:vae_z20.history.1.val_elbo\endcsname{\ensuremath{-}105.00}",
+        r"num:judge.result.test_accuracy\endcsname{0.9938}",
+        r"num:theory.q1_4.nll_from_q_and_prior\endcsname{130.10}",
+        r"num:theory.q1_4.draws\endcsname{4{,}000}",
+    ):
+        assert expected in files["numbers.tex"]
+    for expected in (
+        "| `vae_z20` | -99.00 | -1.00 | 2.00 ± 0.50 | - | 1234 s | -101.7 |",
+        "`vae_z20` with 2 seeds: validation ELBO -99.00, -99.00; test -log p(x) 2.00, 2.25.",
+        "passed the original's -101.7 (static) after 9 s",
+        "500 test images, with 4,000 samples of q, by 0.01, 4.50, 43.00 nats",
+        "the two agree: 130.10 and 130.20",
+        "| real training images: the floor | 1.5 | 0.900 | 0.800 | 50.0% and 50.0% |",
+        "| `vae_z20` | 12.3 | 0.500 | 0.250 | 25.0% and 75.0% |",
+        "| 10 | -99.0 |",
+        "C, 2 threads, torch T",
+    ):
+        assert expected in files["README.md"]
+    for expected in (
+        "| `vae_z20` | 20,000 | 100 | 150 | 67 | 120 | 7 |",
+        "| `vae_z20` | 80% | 5% | 5% | 10% | 9% |",
+        "| `vae_z20` | the script's step | 20,000 | 2.00 |",
+        "| `vae_z20` | the objective compiled (after 21 s of compiling) | 1.10 |",
+    ):
+        assert expected in files["speed.md"]
+    for name in ("README.md", "speed.md"):
+        assert files[name].startswith("a\n<!--") and files[name].endswith("-->\nb\n")
+        assert "\nold\n" not in files[name]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("x.val_elbo", -90.126, "-90.13"),
+        ("x.test_nll_se", 0.231, "0.23"),
+        ("x.seconds", 161.4, "161"),
+        ("x.parameters", 1234567, "1,234,567"),
+        ("x.lr", 0.003, "0.003"),
+        ("x.recall", 0.12345, "0.123"),
+    ],
+)
+def test_rounding(key, value, text):
+    assert collect.rounded(key, value) == text
 
 
 def test_a_missing_key_is_named(checkout):
