@@ -94,7 +94,9 @@ def draw_posteriors(model: vae.VAE, x: Tensor, log_px: Tensor, gap: Tensor, out:
         axes.set_title(f"{gap[n]:.2f} nats short", fontsize=10)
         axes.set(xlabel="$z_1$", ylabel="$z_2$" if n == 0 else "")
         axes.tick_params(labelsize=8)
-    whole.colorbar(shown, ax=whole.axes[: len(x)], label="log posterior density", shrink=0.9)
+    bar = whole.colorbar(shown, ax=whole.axes[: len(x)], ticks=(-15, -10, -5, 0, 5), shrink=0.9)
+    bar.ax.set_title("log density", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
     pictures.save_figure(out / "theory_posterior", whole, pdf=False)
 
 

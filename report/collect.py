@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def collect(root: Path) -> dict[Path, str]:
     """The generated files of a checkout with their contents. Raises UserError naming a key that a JSON lacks."""
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / "figures").glob("*.json"))}
+    results = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / "figures").glob("*.json"))
+    }
     files = {root / "report" / "numbers.tex": numbers_tex(results)}
     try:
         tables = {

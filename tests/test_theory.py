@@ -26,8 +26,8 @@ def x(data_dir) -> torch.Tensor:
 
 
 def test_q1_4_quadrature_has_converged(model, x):
-    exact = vae.quadrature_log_px(model, x, vae.QUADRATURE_POINTS)
-    torch.testing.assert_close(exact, vae.quadrature_log_px(model, x, 801), rtol=0, atol=1e-3)
+    exact = vae.quadrature_log_px(model, x[:10], vae.QUADRATURE_POINTS)
+    torch.testing.assert_close(exact, vae.quadrature_log_px(model, x[:10], 1001), rtol=0, atol=1e-3)
 
 
 def test_q1_4_the_gap_is_the_encoders(model, x):
@@ -48,7 +48,7 @@ def test_q1_4_json():
     answer = json.loads((ROOT / "figures" / "theory.json").read_text())["q1_4"]
     assert answer["nll_from_q"] > answer["nll_quadrature"] + 1
     assert answer["nll_from_q_and_prior"] == pytest.approx(answer["nll_quadrature"], abs=0.1)
-    assert answer["gap_median"] < 0.1 < 1 < answer["gap_percentile_90"] < answer["gap_percentile_99"]
+    assert answer["gap_median"] < 0.1 < answer["gap_percentile_90"] < 10 < answer["gap_percentile_99"]
 
 
 def test_no_weights_name_the_command(tmp_path, monkeypatch, capsys):
