@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ import torch
 import experiment
 import mnist
 import vae
-from conftest import contents
+from conftest import ROOT, contents
 from experiment import RunError, UserError
 
+CODE = ROOT / "code"
 FLAGS = ["--epochs", "2", "--batch-size", "50", "--importance-samples", "2"]
 
 
@@ -78,6 +81,15 @@ def test_a_trial_does_not_touch_the_reports_folders(tiny, tmp_path, capsys):
     args = parser.parse_args(["--z-dim", "2"])
     run = experiment.Run("vae_z2", parser, args, {}, report={"z_dim": (20, 2)})
     assert run.out == repository
+
+
+def test_peak_memory_is_this_processs_own():
+    """A child of a process that holds 1 GiB starts afresh."""
+    held = torch.ones(2**28)
+    assert experiment.peak_memory_mib(torch.device("cpu")) > 1024
+    command = "import experiment, torch; print(experiment.peak_memory_mib(torch.device('cpu')))"
+    child = subprocess.run([sys.executable, "-c", command], cwd=CODE, capture_output=True, text=True, timeout=60)
+    assert 0 < float(child.stdout) < 1024 and len(held)
 
 
 # Files
