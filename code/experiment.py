@@ -119,24 +119,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+def whole(text: str, least: int = 0) -> int:
+    """A whole number of at least `least` that fits 63 bits, for `type=` of a flag."""
+    try:
+        if least <= (value := int(text)) < 2**63:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a whole number from {least} to 2^63 - 1, not {text!r}")
+
+
 def positive_int(text: str) -> int:
     """A whole number of at least 1, for `type=` of a flag."""
-    try:
-        if (value := int(text)) >= 1:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-
-
-def natural(text: str) -> int:
-    """A whole number of at least 0 that fits 63 bits, for `type=` of a flag."""
-    try:
-        if 0 <= (value := int(text)) < 2**63:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, not {text!r}")
+    return whole(text, least=1)
 
 
 def positive_float(text: str) -> float:
@@ -171,7 +166,7 @@ def add_flags(parser: argparse.ArgumentParser, epochs: int, batch_size: int, lr:
     parser.add_argument("--epochs", type=positive_int, default=epochs, metavar="N", help="passes over the data")
     parser.add_argument("--batch-size", type=positive_int, default=batch_size, metavar="N", help="images a step")
     parser.add_argument("--lr", type=positive_float, default=lr, metavar="X", help="Adam's (peak) learning rate")
-    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="fixes every random number of the run")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="fixes every random number of the run")
     add_dataset_flag(parser)
     add_machine_flags(parser)
     parser.add_argument(
@@ -371,6 +366,11 @@ def load_state(model: nn.Module, archive: dict, path: Path, what: str) -> None:
 # A run
 
 
+def _random_state_of(kind: str) -> Any:
+    """The module that holds the random state of a kind of device: torch.cuda, torch.mps; for the CPU, torch itself."""
+    return torch if kind == "cpu" else getattr(torch, kind)
+
+
 class Run:
     """One training run: its name, folders, settings and history, and what it leaves behind.
 
@@ -460,17 +460,13 @@ class Run:
                 part.load_state_dict(checkpoint["parts"][name])
             self.history, self.frames = checkpoint["history"], checkpoint["frames"]
             self.environment, self.peak_memory = checkpoint["environment"], checkpoint["peak_memory_mib"]
-            torch.set_rng_state(checkpoint["rng"]["cpu"])
-            if self.device.type in checkpoint["rng"]:
-                self._device_rng().set_rng_state(checkpoint["rng"][self.device.type])
+            for kind, state in checkpoint["rng"].items():
+                if kind in ("cpu", self.device.type):
+                    _random_state_of(kind).set_rng_state(state)
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"the checkpoint {path} does not fit this program ({reason}): train again") from None
         self._hint_at_resuming()
-
-    def _device_rng(self) -> Any:
-        """The module that holds the device's random state: torch.cuda, torch.mps, or torch itself."""
-        return torch if self.device.type == "cpu" else getattr(torch, self.device.type)
 
     def _hint_at_resuming(self) -> None:
         again = self.command if self.args.resume else f"{self.command} --resume"
@@ -531,7 +527,7 @@ class Run:
             "history": self.history,  # its length is the number of the next epoch
             "frames": self.frames,
             "peak_memory_mib": self.peak_memory,
-            "rng": {"cpu": torch.get_rng_state(), self.device.type: self._device_rng().get_rng_state()},
+            "rng": {kind: _random_state_of(kind).get_rng_state() for kind in ("cpu", self.device.type)},
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
         write(self.out / "checkpoints" / f"{self.name}.pt", torch_bytes(checkpoint))
