@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help vae judge seeds theory bench report test lint clean
+.PHONY: help vae gan judge seeds theory bench report test lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -20,11 +20,16 @@ vae: $(VENV)/filled  ## train both VAEs to the report's 40 epochs and draw every
 	$(PY) code/vae.py --z-dim 2
 	$(PY) report/collect.py
 
+gan: $(VENV)/filled  ## train the GAN to the report's 200 epochs and draw everything (figures/gan_*)
+	$(PY) code/gan.py
+	$(PY) report/collect.py
+
 judge: $(VENV)/filled  ## judge 10,000 samples of each model (trains the judge only if weights/judge.pt is missing)
 	test -f weights/judge.pt || $(PY) code/judge.py --train
 	$(PY) code/vae.py --sample 10000
 	$(PY) code/vae.py --z-dim 2 --sample 10000
-	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz
+	$(PY) code/gan.py --sample 10000
+	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz figures/gan_samples.npz
 	$(PY) report/collect.py
 
 seeds: $(VENV)/filled  ## train the VAE (z of 20) with two more seeds: the spread (figures/vae_z20_seed*.json)

@@ -4,11 +4,12 @@
 
 Three things are measured in turns, round after round, so that a machine whose speed drifts treats all alike; every
 figure is the median of the rounds. (1) The ceiling: float32 multiplication of two 1024 x 1024 matrices. (2) A model's
-training step, the very function that its script calls, with floating-point operations counted from its layers.
-(3) The same model and batch size in a textbook loop (a torchvision dataset with ToTensor, a DataLoader, default Adam,
-.item() at each step), and what each habit of the script adds to it.
+training step, the very function that its script calls, with the floating-point operations of its matrix products and
+convolutions counted by PyTorch's own counter. (3) The same model and batch size in a textbook loop (a torchvision
+dataset with ToTensor, a DataLoader, default Adam, .item() at each step), and what each habit of the script adds to it.
 """
 
+import functools
 import statistics
 import sys
 import time
@@ -18,8 +19,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import experiment
+import gan
 import mnist
 import vae
 from experiment import UserError
@@ -44,6 +49,18 @@ class Case:
     tried: dict[str, Callable[[Tensor], object]]  # variants of the step that the script does not use
 
 
+def updates(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Callable[[], None]:
+    """Every optimizer's step on gradients that are there already."""
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+    def run() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return run
+
+
 def vae_case(z_dim: int, data: mnist.Data) -> Case:
     """The VAE at the report's settings."""
     args = vae.flags().parse_args([])
@@ -51,9 +68,7 @@ def vae_case(z_dim: int, data: mnist.Data) -> Case:
     model = vae.VAE(z_dim).to(images.device)
     optimizer = vae.make_optimizer(model, args.lr)
     evaluated = [vae.evaluation_set(images[: vae.EVALUATION_IMAGES], "training", z_dim) for _ in range(2)]
-    idle = vae.make_optimizer(vae.VAE(z_dim).to(images.device), args.lr)  # updates without moving the trained model
-    for parameter in idle.param_groups[0]["params"]:
-        parameter.grad = torch.ones_like(parameter)
+    other = vae.VAE(z_dim).to(images.device)
 
     def textbook(fused: bool, item: bool) -> Callable[[Tensor], None]:
         other = vae.VAE(z_dim).to(images.device)
@@ -96,7 +111,7 @@ def vae_case(z_dim: int, data: mnist.Data) -> Case:
         model=model,
         step=lambda index: vae.training_step(model, optimizer, images, index),
         data=lambda index: vae.draw_batch(images, index, z_dim),
-        optimizer=idle.step,
+        optimizer=updates(other, vae.make_optimizer(other, args.lr)),
         evaluate=lambda: [vae.per_image_elbo(model, *each) for each in evaluated],
         images=images,
         textbook=textbook,
@@ -104,19 +119,112 @@ def vae_case(z_dim: int, data: mnist.Data) -> Case:
     )
 
 
-def layer_shapes(case: Case) -> list[tuple[int, int]]:
-    """(inputs, outputs) of every linear layer."""
-    return [(layer.in_features, layer.out_features) for layer in case.model.modules() if isinstance(layer, nn.Linear)]
+def gan_case(data: mnist.Data) -> Case:
+    """The GAN at the report's settings."""
+    args = gan.flags().parse_args([])
+    images = data.images.flatten(1)
+    model, other = gan.GAN().to(images.device), gan.GAN().to(images.device)
+    optimizers = gan.make_optimizers(model, args.lr)
+    settling = torch.randn(gan.SETTLING, gan.Z_DIM, device=images.device).split(gan.EVALUATION_BATCH)
+
+    def textbook(fused: bool, item: bool) -> Callable[[Tensor], None]:
+        plain = gan.GAN().to(images.device)
+        networks = (plain.discriminator, plain.generator)
+        adam_d, adam_g = (
+            torch.optim.Adam(each.parameters(), lr=args.lr, betas=gan.BETAS, fused=fused or None) for each in networks
+        )
+        loss = nn.BCEWithLogitsLoss()
+
+        def noise(n: int) -> Tensor:
+            return torch.randn(n, gan.Z_DIM, device=images.device)
+
+        def step(batch: Tensor) -> None:
+            x = (batch.flatten(1) - 0.5) / 0.5
+            real, fake = torch.ones(len(x), device=x.device), torch.zeros(len(x), device=x.device)
+            adam_d.zero_grad()
+            generated = plain.generate(noise(len(x))).detach()
+            loss_d = loss(plain.discriminate(x), real) + loss(plain.discriminate(generated), fake)
+            loss_d.backward()
+            adam_d.step()
+            adam_g.zero_grad()
+            loss_g = loss(plain.discriminate(plain.generate(noise(len(x)))), real)
+            loss_g.backward()
+            adam_g.step()
+            if item:
+                loss_d.item(), loss_g.item()
+
+        return step
+
+    def separately(model: gan.GAN, x: Tensor, z: Tensor) -> tuple[Tensor]:
+        with torch.no_grad():
+            fake = model.generate(z)
+        return (gan.discriminator_loss(model.discriminate(x), model.discriminate(fake)),)
+
+    compiled = torch.compile(gan.discriminator_objective), torch.compile(gan.generator_objective)
+    apart = (separately, gan.generator_objective)
+    objectives = (gan.discriminator_objective, gan.generator_objective)
+
+    def step_with(objectives: tuple[Callable, Callable], alone: bool) -> Callable[[Tensor], None]:
+        """The script's step with other objectives; `alone`: each computes its own network's gradients only."""
+
+        def step(index: Tensor) -> None:
+            x, z_d, z_g = gan.draw_batch(images, index)
+            losses = (lambda: objectives[0](model, x, z_d)[0], lambda: objectives[1](model, z_g))
+            for loss, optimizer, network in zip(losses, optimizers, (model.discriminator, model.generator)):
+                optimizer.zero_grad()
+                loss().backward(inputs=list(network.parameters()) if alone else None)
+                optimizer.step()
+            experiment.move_average(model.average, model.generator, gan.DECAY)
+
+        return step
+
+    return Case(
+        name="gan",
+        batch=args.batch_size,
+        model=model,
+        step=lambda index: gan.training_step(model, optimizers, images, index),
+        data=lambda index: gan.draw_batch(images, index),
+        optimizer=updates(other, *gan.make_optimizers(other, args.lr)),
+        evaluate=lambda: update_bn(settling, model.average),
+        images=images,
+        textbook=textbook,
+        tried={
+            "the objectives compiled": step_with(compiled, alone=True),
+            "real and generated images apart": step_with(apart, alone=True),
+            "G's step with D's gradients too": step_with(objectives, alone=False),
+        },
+    )
 
 
-def training_flops(shapes: list[tuple[int, int]]) -> int:
-    """Floating-point operations of one image in training, a multiply-add being two.
+class _Products(TorchDispatchMode):
+    """Keeps every matrix product and convolution that runs under it, with its operands."""
 
-    Each layer multiplies three times: forward, for the weights' gradient, and for the inputs' gradient, which the first
-    layer does not need. Everything but the matrix products is left out.
+    def __init__(self):
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in flop_registry:
+            self.calls.append(functools.partial(function, *args, **(kwargs or {})))
+        return function(*args, **(kwargs or {}))
+
+
+def products(case: Case, device: torch.device) -> tuple[Callable[[], None], int]:
+    """A function that repeats the products of STEPS training steps and nothing else; operations for each image.
+
+    A multiply-add counts as two. Everything but matrix products and convolutions is left out.
     """
-    products = sum(3 * inputs * outputs for inputs, outputs in shapes) - shapes[0][0] * shapes[0][1]
-    return 2 * products
+    index = next(indices(case, case.batch, device))
+    with FlopCounterMode(display=False) as counter, _Products() as kept:
+        case.step(index)
+
+    def run() -> None:
+        with torch.inference_mode():
+            for _ in range(STEPS):
+                for each in kept.calls:
+                    each()
+
+    return run, counter.get_total_flops() // case.batch
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -139,32 +247,13 @@ def in_turns(functions: dict[str, Callable[[], object]], rounds: int, device: to
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def product(rows: int, inner: int, columns: int, times: int, device: torch.device) -> Callable[[], None]:
-    """Multiplies (rows, inner) by (inner, columns), `times` times, into the same memory."""
-    a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
-    out = torch.empty(rows, columns, device=device)
+def ceiling(device: torch.device) -> Callable[[], None]:
+    """CEILING_PRODUCTS products of two square matrices, into the same memory."""
+    a, b, out = (torch.randn(CEILING_SIDE, CEILING_SIDE, device=device) for _ in range(3))
 
     def run() -> None:
-        for _ in range(times):
+        for _ in range(CEILING_PRODUCTS):
             torch.mm(a, b, out=out)
-
-    return run
-
-
-def layer_products(case: Case, device: torch.device) -> Callable[[], None]:
-    """The matrix products of one training step, and nothing else: the time that the model's own shapes need."""
-    shapes = layer_shapes(case)
-    products = []
-    for number, (inputs, outputs) in enumerate(shapes):
-        products.append(product(case.batch, inputs, outputs, 1, device))  # forward
-        products.append(product(outputs, case.batch, inputs, 1, device))  # the weights' gradient
-        if number:
-            products.append(product(case.batch, outputs, inputs, 1, device))  # the inputs' gradient
-
-    def run() -> None:
-        for _ in range(STEPS):
-            for each in products:
-                each()
 
     return run
 
@@ -212,9 +301,10 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
     }
     tried = {name: repeat(step) for name, step in case.tried.items()}
     tried |= {"half the batch size": repeat(case.step, 0.5), "twice the batch size": repeat(case.step, 2)}
+    only_products, flops = products(case, device)
     shares = {
-        "ceiling": product(CEILING_SIDE, CEILING_SIDE, CEILING_SIDE, CEILING_PRODUCTS, device),
-        "products": layer_products(case, device),
+        "ceiling": ceiling(device),
+        "products": only_products,
         "data": repeat(case.data),
         "optimizer": lambda: [case.optimizer() for _ in range(STEPS)],
         "evaluation": case.evaluate,
@@ -227,19 +317,19 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
         compiling = None
     times = in_turns({**ladder, **tried, **shares}, rounds, device)
     step = times["the script's step"]
-    images, flops = STEPS * case.batch, training_flops(layer_shapes(case))
-    ceiling = CEILING_PRODUCTS * 2 * CEILING_SIDE**3 / times["ceiling"]
+    images = STEPS * case.batch
+    limit = CEILING_PRODUCTS * 2 * CEILING_SIDE**3 / times["ceiling"]  # operations a second
     rest = step - times["products"] - times["data"] - times["optimizer"]
     epoch = step / images * len(case.images) + times["evaluation"]
     return {
         "batch_size": case.batch,
-        "parameters": sum(parameter.numel() for parameter in case.model.parameters()),
+        "parameters": sum(each.numel() for each in case.model.parameters() if each.requires_grad),
         "flops_per_image": flops,
-        "ceiling_gflops": ceiling / 1e9,
+        "ceiling_gflops": limit / 1e9,
         "products_gflops": flops * images / times["products"] / 1e9,
         "images_per_second": images / step,
         "gflops": flops * images / step / 1e9,
-        "percent_of_ceiling": 100 * flops * images / step / ceiling,
+        "percent_of_ceiling": 100 * flops * images / step / limit,
         "percent_of_step": {
             "products": 100 * times["products"] / step,
             "data_and_noise": 100 * times["data"] / step,
@@ -289,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
     path = experiment.folder(args.out / "figures") / "bench.json"
     data = mnist.load("mnist", args.data_dir, device)
     rows = {}
-    for case in (vae_case(20, data),):
+    for case in (vae_case(20, data), gan_case(data)):
         rows[case.name] = measure(case, args.rounds, args.data_dir, device)
     print(table(rows))
     content = {"environment": experiment.environment(device), "rounds": args.rounds, "models": rows}

@@ -34,6 +34,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -225,6 +226,34 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of every parameter from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def spherical_path(start: Tensor, end: Tensor, points: int) -> Tensor:
+    """Spherical interpolation (Shoemake 1985): start and end, (n, d) each, to (n, points, d), both ends included.
+
+    The path turns by equal angles, so that between vectors of equal norm it keeps the norm, where a straight line would
+    pass nearer to the origin than draws of N(0, I) ever are. Where the angle is 0 it is that straight line. Between
+    opposite vectors there is no one arc, and the result means nothing.
+    """
+    cosine = (F.normalize(start, dim=-1) * F.normalize(end, dim=-1)).sum(-1).clamp(-1, 1)
+    angle = torch.acos(cosine)[:, None, None]  # (n, 1, 1)
+    t = torch.linspace(0, 1, points, dtype=start.dtype, device=start.device)[:, None]
+    here, there = torch.sin((1 - t) * angle) / torch.sin(angle), torch.sin(t * angle) / torch.sin(angle)
+    straight = angle == 0
+    here, there = torch.where(straight, 1 - t, here), torch.where(straight, t, there)
+    return here * start[:, None] + there * end[:, None]
+
+
+def averaging(step: int, decay: float) -> float:
+    """The decay of a running average at `step` of 0, 1, ...: rises to `decay`, so that the start is soon forgotten."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Parameters of `average` become decay times themselves plus 1 - decay times the model's (Polyak averaging)."""
+    for mean, value in zip(average.parameters(), model.parameters()):
+        mean.lerp_(value, 1 - decay)
 
 
 def progress(iterable: Iterable, description: str, total: int | None = None) -> tqdm:
@@ -486,9 +515,13 @@ class Run:
         return f"epoch{epoch:0{max(2, len(str(self.args.epochs)))}d}"
 
     def steps(self, batches: Iterable[Tensor], total: int) -> Iterable[tuple[int, Tensor]]:
-        """The epoch's batches with the number of the training step, counted from 0 over the whole run; shows a bar."""
-        last = "  ".join(f"{key} {value:.4g}" for key, value in self.history[-1].items() if key != "epoch")
-        bar = progress(batches, f"{self.name} epoch {self.epoch}/{self.args.epochs}  (last: {last})", total)
+        """The epoch's batches with the number of the training step, counted from 0 over the whole run; shows a bar.
+
+        A pass at epoch 0, before training, counts as many below 0.
+        """
+        before = self.history[-1:]  # none yet at epoch 0
+        last = "".join(f"  {key} {value:.4g}" for row in before for key, value in row.items() if key != "epoch")
+        bar = progress(batches, f"{self.name} epoch {self.epoch}/{self.args.epochs}{last and '  last:'}{last}", total)
         return enumerate(bar, start=(self.epoch - 1) * total)
 
     def check_finite(self, **losses: Tensor) -> None:
@@ -564,7 +597,7 @@ class Run:
             "history": self.history,
             "result": {
                 **result,
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "parameters": sum(each.numel() for each in model.parameters() if each.requires_grad),
                 "train_seconds": sum(row["seconds"] for row in self.history),
                 "peak_memory_mib": self.peak_memory,
             },

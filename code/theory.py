@@ -87,7 +87,7 @@ def draw_posteriors(model: vae.VAE, x: Tensor, log_px: Tensor, gap: Tensor, out:
         extent = [float(each + side) for each in mu[n] for side in (-WINDOW, WINDOW)]
         shown = axes.imshow(log_joint - log_px[n], cmap="Greys", origin="lower", extent=extent, vmin=-15, vmax=5)
         size = (4 * torch.exp(0.5 * logvar[n])).tolist()  # two standard deviations to each side
-        axes.add_patch(Ellipse(mu[n].tolist(), *size, fill=False, color=pictures.VALIDATION_COLOUR, linewidth=1.5))
+        axes.add_patch(Ellipse(mu[n].tolist(), *size, fill=False, color=pictures.SECOND_COLOUR, linewidth=1.5))
         inset = axes.inset_axes((0.02, 0.7, 0.28, 0.28))
         inset.imshow(x[n].view(mnist.SIDE, mnist.SIDE), cmap="gray", vmin=0, vmax=1)
         inset.set_axis_off()

@@ -323,7 +323,7 @@ def draw_final(run: Run, model: VAE, data: mnist.Data) -> None:
 
 def draw_manifold(run: Run, epoch: int, images: Tensor) -> None:
     """Decoder means over the plane of latents, at the prior's quantiles: equal steps are equal shares of the prior."""
-    whole, axes = pictures.figure(5.2, 5.4)
+    whole, (axes,) = pictures.figure(5.2, 5.4)
     axes.imshow(pictures.tile(images, MANIFOLD_SIDE, gap=0), cmap="gray", vmin=0, vmax=255, extent=(0, 1, 0, 1))
     values = (-2, -1, 0, 1, 2)
     positions = torch.special.ndtr(torch.tensor(values, dtype=torch.float64)).tolist()

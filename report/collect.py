@@ -25,7 +25,11 @@ DECIMALS = {  # of a value whose key has this word, the first that fits
 
 COMMANDS = {  # script -> run -> command, as in the scripts' docstrings
     "code/vae.py": {"vae_z20": "code/vae.py", "vae_z2": "code/vae.py --z-dim 2"},
+    "code/gan.py": {"gan": "code/gan.py"},
 }
+RUNS = [run for commands in COMMANDS.values() for run in commands]
+
+COSTS = {"train_seconds": 0, "seconds_per_1000_samples": 3}  # key of a result -> decimals
 
 ORIGINAL = {"vae_z20": -101.7, "vae_z2": -151.2}  # validation ELBO of the assignment's first solution, from its curves
 
@@ -45,7 +49,8 @@ def collect(root: Path) -> dict[Path, str]:
     files = {root / "report" / "numbers.tex": numbers_tex(results)}
     try:
         tables = {
-            "results": results_table(results), "judged": judged_table(results), "healthy": healthy_table(results)
+            "results": results_table(results), "judged": judged_table(results),
+            "healthy": healthy_table(results), "game": game_table(results),
         }  # fmt: skip
         files[root / "README.md"] = between_markers(root / "README.md", tables)
         if "bench" in results:
@@ -80,9 +85,14 @@ def between_markers(path: Path, texts: dict[str, str]) -> str:
 def claim(content: dict) -> str:
     """What a script's docstring says its command measured."""
     result = content["result"]
-    bound, seconds = result["test_elbo"], result["train_seconds"]
-    nll = result.get("test_nll_quadrature", result["test_nll"])
-    return f"z of {content['config']['z_dim']}: test ELBO {bound:.2f} nats, -log p(x) {nll:.2f}; {seconds:.0f} s"
+    if "test_elbo" in result:
+        nll = result.get("test_nll_quadrature", result["test_nll"])
+        measured = f"z of {content['config']['z_dim']}: test ELBO {result['test_elbo']:.2f} nats, -log p(x) {nll:.2f}"
+    else:
+        measured = (
+            f"Frechet distance {result['fid']:.1f}, precision {result['precision']:.3f}, recall {result['recall']:.3f}"
+        )
+    return f"{measured}; {result['train_seconds']:.0f} s"
 
 
 def rounded(key: str, value: float | int | str) -> str:
@@ -163,23 +173,19 @@ def results_table(results: dict[str, dict]) -> str:
 
 
 def judged_table(results: dict[str, dict]) -> str:
-    """README's table of what the judge says."""
-    rows = []
+    """README's table of what the judge says of every model, and what its training and sampling cost."""
+    judged = {f"`{run}`": results[run]["result"] for run in RUNS if run in results}
+    if "gan" in results:
+        judged["`gan`, weights not averaged"] = results["gan"]["result"]["unaveraged"]
     if "judge" in results:
-        rows.append(("real training images: the floor", results["judge"]["result"]["floor"]))
-    rows += [(f"`{run}`", results[run]["result"]) for run in ORIGINAL if run in results]
+        judged = {"real training images: the floor": results["judge"]["result"]["floor"], **judged}
+    rows = []
+    for name, each in judged.items():
+        costs = (f"{each[key]:.{decimals}f} s" if key in each else "-" for key, decimals in COSTS.items())
+        measures = (f"{each['fid']:.1f}", f"{each['precision']:.3f}", f"{each['recall']:.3f}")
+        rows.append((name, *measures, class_range(each["class_counts"]), *costs))
     head = ("10,000 of", "Frechet distance", "precision", "recall", "rarest and commonest class")
-    cells = (
-        (
-            name,
-            f"{each['fid']:.1f}",
-            f"{each['precision']:.3f}",
-            f"{each['recall']:.3f}",
-            class_range(each["class_counts"]),
-        )
-        for name, each in rows
-    )
-    return markdown(head, cells)
+    return markdown((*head, "training", "1,000 samples"), rows)
 
 
 def class_range(counts: list[int]) -> str:
@@ -194,6 +200,18 @@ def healthy_table(results: dict[str, dict]) -> str:
         found = [results[run]["history"][epoch]["val_elbo"] for run in ORIGINAL if run in results]
         rows.append((str(epoch), " ".join(f"({value:.1f})" if n else f"{value:.1f}" for n, value in enumerate(found))))
     return markdown(("after epoch", "validation ELBO, nats"), rows)
+
+
+def game_table(results: dict[str, dict]) -> str:
+    """README's table of what the GAN's losses and D's mean outputs look like when all is well."""
+    history = results["gan"]["history"] if "gan" in results else []
+    keys = ("loss_d", "loss_g", "d_real", "d_fake")
+    shown = [row for row in history if row["epoch"] in (0, 1, 2, 8, 50, 100, 150, 200)]
+    rows = [(str(row["epoch"]), *(f"{row[key]:.2f}" for key in keys)) for row in shown]
+    if late := history[-50:]:
+        ranges = (f"{min(row[key] for row in late):.2f} to {max(row[key] for row in late):.2f}" for key in keys)
+        rows.append((f"the last {len(late)}", *ranges))
+    return markdown(("epoch", "loss of D", "loss of G", "D on real images", "D on generated"), rows)
 
 
 def measured_on(environments: Iterable[dict]) -> str:

@@ -13,7 +13,7 @@ import judge
 import mnist
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["vae"]  # every model's script; test_scripts checks that none is missing
+SCRIPTS = ["vae", "gan"]  # every model's script; test_scripts checks that none is missing
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +29,7 @@ def tiny(monkeypatch) -> mnist.Data:
     generator = torch.Generator().manual_seed(0)
     images, test = (torch.randint(256, (n, 28, 28), generator=generator, dtype=torch.uint8) for n in (600, 100))
     data = mnist.Data(images, torch.arange(600) % 10, test, torch.arange(100) % 10)
+    monkeypatch.setattr(mnist, "IMAGES", 600)
     monkeypatch.setattr(mnist, "TRAIN", 500)
     monkeypatch.setattr(judge, "JUDGED", 200)
     monkeypatch.setattr(mnist, "load", lambda dataset, data_dir, device="cpu": data)

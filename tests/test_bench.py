@@ -7,22 +7,42 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import gan
 import mnist
 import vae
 
+BLANK = mnist.Data(torch.zeros(60_000, 28, 28, dtype=torch.uint8), None, None, None)
 
-def test_flops_are_those_that_pytorch_counts():
-    data = mnist.Data(torch.zeros(60_000, 28, 28, dtype=torch.uint8), None, None, None)
-    case = bench.vae_case(20, data)
-    x, eps = torch.zeros(case.batch, 784), torch.zeros(case.batch, 20)
+
+def multiplications(model: torch.nn.Module) -> list[int]:
+    """Inputs times outputs of every linear layer."""
+    layers = (layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    return [layer.in_features * layer.out_features for layer in layers]
+
+
+def test_flops_are_those_of_the_layers():
+    """Forward, weights' gradient, inputs' gradient, the last but for the first layer: a product each, twice counted."""
+    case = bench.vae_case(20, BLANK)
+    encoder = multiplications(case.model.encoder)
+    expected = 3 * sum(multiplications(case.model)) - encoder[0]
+    assert bench.products(case, torch.device("cpu"))[1] == 2 * expected
+    case = bench.gan_case(BLANK)
+    g, d = multiplications(case.model.generator), multiplications(case.model.discriminator)
+    first = sum(g) + 2 * (3 * sum(d) - d[0])  # a generated image; D on it and on a real one
+    second = 3 * sum(g) - g[0] + 2 * sum(d)  # G's gradients, and through D none of its weights'
+    assert bench.products(case, torch.device("cpu"))[1] == 2 * (first + second)
+
+
+def test_products_are_repeated_as_they_were():
+    case = bench.vae_case(20, BLANK)
+    repeat, flops = bench.products(case, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
-        vae.elbo(case.model, x, eps).sum().backward()
-    assert counter.get_total_flops() == case.batch * bench.training_flops(bench.layer_shapes(case))
+        repeat()
+    assert counter.get_total_flops() == bench.STEPS * case.batch * flops
 
 
 def test_the_textbook_loop_trains_the_same_objective(monkeypatch):
     """With the same weights and noise, the textbook's step leaves the weights where default Adam on our ELBO does."""
-    data = mnist.Data(torch.zeros(60_000, 28, 28, dtype=torch.uint8), None, None, None)
     batch = torch.ones(320, 1, 28, 28)  # certain pixels: both draw the same
     models = []
     build = vae.VAE
@@ -33,7 +53,7 @@ def test_the_textbook_loop_trains_the_same_objective(monkeypatch):
         return models[-1]
 
     monkeypatch.setattr(vae, "VAE", remember)
-    case = bench.vae_case(20, data)
+    case = bench.vae_case(20, BLANK)
     step = case.textbook(fused=False, item=True)
     ours, textbook = models[0], models[-1]
     torch.manual_seed(1)
@@ -44,6 +64,30 @@ def test_the_textbook_loop_trains_the_same_objective(monkeypatch):
     loss = -vae.elbo(ours, batch.flatten(1), torch.randn(320, 20)).mean()
     loss.backward()
     optimizer.step()
+    for a, b in zip(ours.parameters(), textbook.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_the_gans_textbook_loop_takes_the_same_step(monkeypatch):
+    """With the same weights and noise, and no dropout, it leaves the weights where the script's step does."""
+    monkeypatch.setattr(gan, "DROPOUT", 0.0)
+    pixels = torch.randint(256, (128, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    models = []
+    build = gan.GAN
+
+    def remember():
+        torch.manual_seed(0)
+        models.append(build())
+        return models[-1]
+
+    monkeypatch.setattr(gan, "GAN", remember)
+    case = bench.gan_case(mnist.Data(pixels, None, None, None))
+    step = case.textbook(fused=False, item=True)
+    ours, textbook = models[0], models[-1]
+    torch.manual_seed(1)
+    case.step(torch.arange(128))
+    torch.manual_seed(1)
+    step(pixels.unsqueeze(1) / 255)
     for a, b in zip(ours.parameters(), textbook.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
@@ -65,8 +109,7 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
 
 
 def test_the_table_follows_from_the_medians(data_dir, monkeypatch):
-    data = mnist.Data(torch.zeros(60_000, 28, 28, dtype=torch.uint8), None, None, None)
-    case = bench.vae_case(20, data)
+    case = bench.vae_case(20, BLANK)
     medians = {"ceiling": 1.0, "the script's step": 2.0, "textbook loop": 9.0, "products": 1.0, "data": 0.2}
     medians |= {"optimizer": 0.3, "evaluation": 0.1}
     monkeypatch.setattr(bench, "seconds", lambda function, device: 1.0)

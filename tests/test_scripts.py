@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import subprocess
 import sys
 import time
@@ -10,13 +11,22 @@ import pytest
 
 from conftest import ROOT, SCRIPTS, contents, run_script
 
-SHORT = {  # flags of a run of seconds, and what makes its evaluation quick
+FEWER_IMAGES = """
+import dataclasses
+load = mnist.load
+def fewer(*args):
+    data = load(*args)
+    return dataclasses.replace(data, images=data.images[:12_000])
+mnist.load = fewer
+"""
+SHORT = {  # flags of a run of seconds, and what makes its epochs or its evaluation quick
     "vae": (
         ["--z-dim", 2, "--epochs", 2, "--batch-size", 1000, "--importance-samples", 2],
         "import judge; vae.QUADRATURE_POINTS, judge.JUDGED = 21, 1000",
     ),
+    "gan": (["--epochs", 2, "--batch-size", 500], f"import judge; judge.JUDGED = 1000{FEWER_IMAGES}"),
 }
-RUNS = {"vae": "vae_z2"}
+RUNS = {"vae": "vae_z2", "gan": "gan"}
 
 INSIDE_AN_EPOCH = """
 draw, calls = mnist.batches, []
@@ -80,6 +90,11 @@ def test_a_short_run_learns(reference):
         assert -550 < first["val_elbo"] < -540
         assert last["val_elbo"] > -200
         assert content["result"]["test_nll"] < -content["result"]["test_elbo"]
+    if script == "gan":
+        assert first["loss_d"] == pytest.approx(math.log(4), abs=0.05)
+        assert first["loss_g"] == pytest.approx(math.log(2), abs=0.05)
+        assert last["loss_d"] < first["loss_d"] - 0.05 and last["d_real"] > last["d_fake"] + 0.05
+        assert sum(content["result"]["class_counts"]) == 1000
 
 
 @pytest.mark.parametrize(

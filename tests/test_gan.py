@@ -1,0 +1,268 @@
+"""The GAN's formulas against independent ones. A number in a test's name is that of its identity."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import experiment
+import gan
+import judge
+import mnist
+from conftest import contents
+
+
+@pytest.fixture
+def model() -> gan.GAN:
+    """A GAN in float64 with statistics and logits that are not those of an untrained one."""
+    torch.manual_seed(0)
+    fresh = gan.GAN().double()
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        fresh.generate(torch.randn(64, gan.Z_DIM, dtype=torch.float64))  # moves batch norm's running statistics
+    return fresh
+
+
+def noise(n: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(n, gan.Z_DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# 13
+
+
+def test_13_losses_are_the_cross_entropies():
+    real, fake = torch.randn(2, 50, dtype=torch.float64)
+    ones, zeros = torch.ones_like(real), torch.zeros_like(real)
+    cross_entropy = F.binary_cross_entropy
+    expected = cross_entropy(torch.sigmoid(real), ones) + cross_entropy(torch.sigmoid(fake), zeros)
+    torch.testing.assert_close(gan.discriminator_loss(real, fake), expected)
+    torch.testing.assert_close(gan.generator_loss(fake), cross_entropy(torch.sigmoid(fake), ones))
+
+
+def test_13_zero_logits_give_log_4_and_log_2():
+    zero = torch.zeros(7, dtype=torch.float64)
+    assert gan.discriminator_loss(zero, zero).item() == pytest.approx(math.log(4), rel=1e-14)
+    assert gan.generator_loss(zero).item() == pytest.approx(math.log(2), rel=1e-14)
+
+
+@pytest.mark.parametrize("logit", [-30.0, -2.0, 0.0, 0.7, 5.0])
+def test_13_gradients_with_respect_to_the_logits(logit):
+    real, fake = torch.tensor([0.4], dtype=torch.float64), torch.tensor([logit], dtype=torch.float64)
+    fake.requires_grad_()
+    one = torch.sigmoid(fake.detach())
+    losses = (gan.discriminator_loss(real, fake), gan.generator_loss(fake))
+    for loss, expected in zip(losses, (one, -(1 - one))):
+        torch.testing.assert_close(torch.autograd.grad(loss, fake)[0], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("logit", [1e4, -1e4])
+def test_13_losses_are_finite_and_right_at_extreme_logits(logit):
+    real, fake = torch.tensor([logit]), torch.tensor([-logit])
+    assert gan.discriminator_loss(real, fake).item() == 2 * max(-logit, 0.0)
+    assert gan.generator_loss(fake).item() == max(logit, 0.0)
+
+
+def test_13_each_objective_is_its_loss_on_the_networks_logits(model):
+    model.eval()
+    x, z = torch.rand(9, mnist.PIXELS, dtype=torch.float64), noise(9)
+    real, fake = model.discriminate(x), model.discriminate(model.generate(z))
+    loss, outputs = gan.discriminator_objective(model, x, z)
+    torch.testing.assert_close(loss, gan.discriminator_loss(real, fake))
+    torch.testing.assert_close(outputs, torch.stack((torch.sigmoid(real).mean(), torch.sigmoid(fake).mean())))
+    assert not outputs.requires_grad
+    torch.testing.assert_close(gan.generator_objective(model, z), gan.generator_loss(fake))
+
+
+def test_13_each_step_leaves_the_other_networks_gradients_empty(monkeypatch):
+    torch.manual_seed(0)
+    model = gan.GAN()
+    optimizers = gan.make_optimizers(model, 5e-4)
+    seen = []
+
+    def look(which):
+        def before_update(*_):
+            empty = [
+                all(p.grad is None or not p.grad.any() for p in network.parameters())
+                for network in (model.discriminator, model.generator)
+            ]
+            seen.append((which, *empty))
+
+        return before_update
+
+    for which, optimizer in zip("dg", optimizers):
+        optimizer.register_step_pre_hook(look(which))
+        optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    images = torch.randint(256, (20, mnist.PIXELS), dtype=torch.uint8)
+    gan.training_step(model, optimizers, images, torch.arange(20))
+    assert seen == [("d", False, True), ("g", True, False)]
+    assert all(not torch.equal(*pair) for pair in zip(before, model.parameters()) if pair[0].ndim == 2)
+
+
+def test_a_step_is_the_textbooks_two_steps(monkeypatch):
+    """`training_step` leaves the weights where two plain updates of D and G with cross-entropies do."""
+    images = torch.randint(256, (30, mnist.PIXELS), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    monkeypatch.setattr(gan, "DROPOUT", 0.0)  # its masks would differ: one forward pass over both halves, or two
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(gan.GAN())
+    ours, plain = models
+    torch.manual_seed(3)
+    figures = gan.training_step(ours, gan.make_optimizers(ours, 1e-3), images, torch.arange(30))
+    torch.manual_seed(3)
+    z_d, z_g = torch.randn(2, 30, gan.Z_DIM)
+    assert not torch.equal(z_d, z_g)
+    adam_d, adam_g = (
+        torch.optim.Adam(network.parameters(), lr=1e-3, betas=gan.BETAS)
+        for network in (plain.discriminator, plain.generator)
+    )
+    cross_entropy = F.binary_cross_entropy_with_logits
+    real = plain.discriminator(images / 127.5 - 1)
+    fake = plain.discriminator(plain.generator(z_d).detach())
+    loss_d = cross_entropy(real, torch.ones_like(real)) + cross_entropy(fake, torch.zeros_like(fake))
+    loss_d.backward()
+    adam_d.step()
+    fooled = plain.discriminator(plain.generator(z_g))
+    loss_g = cross_entropy(fooled, torch.ones_like(fooled))
+    loss_g.backward()
+    adam_g.step()
+    expected = torch.stack((loss_d, loss_g, torch.sigmoid(real).mean(), torch.sigmoid(fake).mean()))
+    torch.testing.assert_close(figures, expected, rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)  # a tenth of the step that Adam takes
+
+
+# 14
+
+
+def test_14_spherical_path_keeps_the_norm_and_turns_by_equal_angles():
+    start, end = noise(6, 1), noise(6, 2)
+    end *= start.norm(dim=1, keepdim=True) / end.norm(dim=1, keepdim=True)
+    path = experiment.spherical_path(start, end, 9)
+    assert path.shape == (6, 9, gan.Z_DIM)
+    norms = start.norm(dim=1, keepdim=True).expand(6, 9)
+    torch.testing.assert_close(path.norm(dim=2), norms, rtol=0, atol=1e-12)
+    torch.testing.assert_close(path[:, 0], start, rtol=0, atol=1e-12)
+    torch.testing.assert_close(path[:, -1], end, rtol=0, atol=1e-12)
+    cosines = F.cosine_similarity(path[:, 1:], path[:, :-1], dim=2)
+    torch.testing.assert_close(cosines, cosines[:, :1].expand(6, 8), rtol=0, atol=1e-12)
+    straight = experiment.spherical_path(start, 3 * start, 3)
+    torch.testing.assert_close(straight[:, 1], 2 * start)
+
+
+def test_14_in_evaluation_mode_an_image_does_not_depend_on_its_batch_mates(model):
+    model.eval()
+    z = noise(50)
+    together, alone = model.generate(z), torch.cat([model.generate(each) for each in z.split(1)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+    model.train()
+    assert (model.generate(z) - together).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="eval"):
+        gan.generated(model.generator, z)
+
+
+def test_samples_are_upright_and_of_the_full_range():
+    torch.manual_seed(0)
+    generator = gan.GAN().eval().generator
+    with torch.no_grad():
+        generator[-2].weight.zero_()
+        generator[-2].bias.copy_(torch.linspace(-9, 9, mnist.PIXELS))
+    image = gan.sample(generator, 3)[2]
+    assert image.dtype == torch.uint8 and image.flatten().tolist() == sorted(image.flatten().tolist())
+    assert (int(image[0, 0]), int(image[-1, -1])) == (0, 255)
+    x = gan.scaled(torch.tensor([0, 255], dtype=torch.uint8))
+    assert x.tolist() == [-1, 1]
+
+
+def test_samples_are_drawn_by_the_running_average():
+    torch.manual_seed(0)
+    model = gan.GAN()
+    optimizers = gan.make_optimizers(model, 1e-2)
+    images = torch.randint(256, (20, mnist.PIXELS), dtype=torch.uint8)
+    expected = [parameter.detach().clone() for parameter in model.average.parameters()]
+    assert all(torch.equal(*pair) for pair in zip(expected, model.generator.parameters()))
+    for decay in (0.9, 0.5):
+        gan.training_step(model, optimizers, images, torch.arange(20), decay)
+        expected = [decay * a + (1 - decay) * b for a, b in zip(expected, model.generator.parameters())]
+    for average, value in zip(model.average.parameters(), expected):
+        torch.testing.assert_close(average, value)
+    decays = [experiment.averaging(step, 0.99) for step in (0, 90, 891, 10_000)]
+    assert decays == pytest.approx([0.1, 0.91, 0.99, 0.99], abs=1e-3)
+
+
+# Pictures and records
+
+
+def test_nearest_is_the_least_distance():
+    generator = torch.Generator().manual_seed(0)
+    among = torch.randint(256, (40, 28, 28), generator=generator, dtype=torch.uint8)
+    images = torch.randint(256, (7, 28, 28), generator=generator, dtype=torch.uint8)
+    images[3] = among[11]
+    found = gan.nearest(images, among, block=3)
+    for image, near in zip(images.double(), found.double()):
+        assert (image - near).norm() == min((image - each).norm() for each in among.double())
+    assert torch.equal(found[3], among[11])
+
+
+@pytest.mark.parametrize("classes", [10, 2, 1])
+def test_interpolation_is_between_classes(monkeypatch, classes):
+    model, judged_by = gan.GAN().eval(), judge.Judge()
+
+    def classify(_, images):
+        return None, images.flatten(1).long().sum(1) % classes
+
+    monkeypatch.setattr(judge, "features_and_classes", classify)
+    start, end = gan.different_pairs(model, judged_by, torch.device("cpu"))
+    assert start.shape == end.shape == (gan.INTERPOLATIONS, gan.Z_DIM)
+    found = [classify(None, gan.generated(model.average, z))[1] for z in (start, end)]
+    assert (found[0] != found[1]).all() or classes == 1
+
+
+@pytest.fixture
+def trained(tiny, tmp_path, monkeypatch):
+    """A run of two epochs on the small data with an untrained judge: what is in its folder, and its flags."""
+    monkeypatch.setattr(judge, "load", lambda device: judge.Judge())
+    flags = ["--epochs", "2", "--batch-size", "60", "--out", str(tmp_path)]
+    assert gan.main(flags) == 0
+    return tmp_path, flags
+
+
+def test_what_a_run_leaves(trained):
+    out, _ = trained
+    names = {name.removeprefix("figures/") for name in contents(out) if name.startswith("figures/")}
+    panels = {f"gan_samples_epoch{epoch:02d}.png" for epoch in (0, 1, 2)}
+    others = {"gan.json", "gan_samples.gif", "gan_losses.png", "gan_losses.pdf", "gan_interpolation.png"}
+    assert names == panels | others | {"gan_nearest.png"}
+
+
+def test_epoch_0_updates_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "load", lambda device: judge.Judge())
+    states = []
+    record = experiment.Run.record
+
+    def look(run, **figures):
+        states.append((run.epoch, figures, {k: v.clone() for k, v in run.parts["model"].state_dict().items()}))
+        record(run, **figures)
+
+    monkeypatch.setattr(experiment.Run, "record", look)
+    assert gan.main(["--epochs", "1", "--batch-size", "60", "--out", str(tmp_path), "--seed", "5"]) == 0
+    torch.manual_seed(5)
+    trained = ("generator", "discriminator")
+    fresh = {name: value for name, value in gan.GAN().state_dict().items() if name.startswith(trained)}
+    (_, figures, before), (_, _, after) = states
+    assert all(torch.equal(before[name], fresh[name]) for name in fresh)
+    assert not any(torch.equal(after[name], fresh[name]) for name in fresh)
+    assert figures["loss_d"] == pytest.approx(math.log(4), abs=0.1)
+    assert figures["loss_g"] == pytest.approx(math.log(2), abs=0.1)
+    assert figures["d_real"] == pytest.approx(0.5, abs=0.1) == figures["d_fake"]
+
+
+def test_a_batch_of_one_is_refused_in_one_line(tiny, tmp_path, capsys):
+    for size, words in ((1, "batch norm"), (601, "600")):
+        assert gan.main(["--batch-size", str(size), "--out", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+    assert not contents(tmp_path)
