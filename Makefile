@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help vae gan judge seeds theory bench report test lint clean
+.PHONY: help vae gan trials judge seeds theory bench report test lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,10 @@ vae: $(VENV)/filled  ## train both VAEs to the report's 40 epochs and draw every
 
 gan: $(VENV)/filled  ## train the GAN to the report's 200 epochs and draw everything (figures/gan_*)
 	$(PY) code/gan.py
+	$(PY) report/collect.py
+
+trials: $(VENV)/filled  ## train the GAN for some epochs with other settings, judged on validation (figures/trials.json)
+	$(PY) code/trials.py
 	$(PY) report/collect.py
 
 judge: $(VENV)/filled  ## judge 10,000 samples of each model (trains the judge only if weights/judge.pt is missing)

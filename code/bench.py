@@ -71,13 +71,13 @@ def vae_case(z_dim: int, data: mnist.Data) -> Case:
     other = vae.VAE(z_dim).to(images.device)
 
     def textbook(fused: bool, item: bool) -> Callable[[Tensor], None]:
-        other = vae.VAE(z_dim).to(images.device)
-        adam = torch.optim.Adam(other.parameters(), lr=args.lr, fused=fused or None)  # None: torch's own choice
+        plain = vae.VAE(z_dim).to(images.device)
+        adam = torch.optim.Adam(plain.parameters(), lr=args.lr, fused=fused or None)  # None: torch's own choice
 
         def step(batch: Tensor) -> None:
             x = torch.bernoulli(batch.flatten(1))
-            mu, logvar = other.encode(x)
-            logits = other.decode(mu + torch.exp(0.5 * logvar) * torch.randn_like(mu))
+            mu, logvar = plain.encode(x)
+            logits = plain.decode(mu + torch.exp(0.5 * logvar) * torch.randn_like(mu))
             cross_entropy = nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="sum")
             loss = (cross_entropy - 0.5 * (1 + logvar - mu**2 - logvar.exp()).sum()) / len(x)
             adam.zero_grad()
@@ -125,6 +125,7 @@ def gan_case(data: mnist.Data) -> Case:
     images = data.images.flatten(1)
     model, other = gan.GAN().to(images.device), gan.GAN().to(images.device)
     optimizers = gan.make_optimizers(model, args.lr)
+    update = updates(other, *gan.make_optimizers(other, args.lr))
     settling = torch.randn(gan.SETTLING, gan.Z_DIM, device=images.device).split(gan.EVALUATION_BATCH)
 
     def textbook(fused: bool, item: bool) -> Callable[[Tensor], None]:
@@ -182,9 +183,9 @@ def gan_case(data: mnist.Data) -> Case:
         name="gan",
         batch=args.batch_size,
         model=model,
-        step=lambda index: gan.training_step(model, optimizers, images, index),
+        step=lambda index: gan.training_step(model, optimizers, images, index, gan.DECAY),
         data=lambda index: gan.draw_batch(images, index),
-        optimizer=updates(other, *gan.make_optimizers(other, args.lr)),
+        optimizer=lambda: (update(), experiment.move_average(other.average, other.generator, gan.DECAY)),
         evaluate=lambda: update_bn(settling, model.average),
         images=images,
         textbook=textbook,

@@ -517,7 +517,7 @@ class Run:
     def steps(self, batches: Iterable[Tensor], total: int) -> Iterable[tuple[int, Tensor]]:
         """The epoch's batches with the number of the training step, counted from 0 over the whole run; shows a bar.
 
-        A pass at epoch 0, before training, counts as many below 0.
+        At epoch 0, before training, the numbers run from -total to -1.
         """
         before = self.history[-1:]  # none yet at epoch 0
         last = "".join(f"  {key} {value:.4g}" for row in before for key, value in row.items() if key != "epoch")

@@ -189,8 +189,11 @@ def read_samples(path: Path) -> Tensor:
     return torch.from_numpy(images)
 
 
+HEAD = "  Frechet  precision  recall  " + " ".join(f"{digit:5d}" for digit in range(10))
+
+
 def row(name: str, result: dict) -> str:
-    """A line of the table."""
+    """A line of the table, below HEAD."""
     counts = " ".join(f"{count:5d}" for count in result["class_counts"])
     return f"{result['fid']:9.2f}  {result['precision']:9.3f}  {result['recall']:6.3f}  {counts}  {name}"
 
@@ -260,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     data = mnist.load("mnist", args.data_dir, device)
     reference = data.test_images if args.reference == "test" else data.validation_images
     print(f"against {len(reference):,} {args.reference} images; k = {NEIGHBOURS}")
-    print("  Frechet  precision  recall  " + " ".join(f"{digit:5d}" for digit in range(10)))
+    print(HEAD)
     print(row(f"({JUDGED:,} training images: the floor)", floor(model, data, reference)), flush=True)
     for path, images in samples:
         print(row(f"{path} ({len(images):,})", verdict(model, images, reference)), flush=True)

@@ -50,7 +50,7 @@ def collect(root: Path) -> dict[Path, str]:
     try:
         tables = {
             "results": results_table(results), "judged": judged_table(results),
-            "healthy": healthy_table(results), "game": game_table(results),
+            "healthy": healthy_table(results), "game": game_table(results), "chosen": chosen_table(results),
         }  # fmt: skip
         files[root / "README.md"] = between_markers(root / "README.md", tables)
         if "bench" in results:
@@ -102,6 +102,8 @@ def rounded(key: str, value: float | int | str) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     words = re.split(r"[._]", key)
+    if "config" in words:  # as it was set
+        return f"{value:g}"
     for word, decimals in DECIMALS.items():
         if word in words:
             return f"{value:.{decimals}f}"
@@ -185,7 +187,8 @@ def judged_table(results: dict[str, dict]) -> str:
         measures = (f"{each['fid']:.1f}", f"{each['precision']:.3f}", f"{each['recall']:.3f}")
         rows.append((name, *measures, class_range(each["class_counts"]), *costs))
     head = ("10,000 of", "Frechet distance", "precision", "recall", "rarest and commonest class")
-    return markdown((*head, "training", "1,000 samples"), rows)
+    where = measured_on(results[run]["environment"] for run in RUNS if run in results)
+    return f"{markdown((*head, 'training', '1,000 samples'), rows)}\n\n{where}"
 
 
 def class_range(counts: list[int]) -> str:
@@ -207,11 +210,23 @@ def game_table(results: dict[str, dict]) -> str:
     history = results["gan"]["history"] if "gan" in results else []
     keys = ("loss_d", "loss_g", "d_real", "d_fake")
     shown = [row for row in history if row["epoch"] in (0, 1, 2, 8, 50, 100, 150, 200)]
-    rows = [(str(row["epoch"]), *(f"{row[key]:.2f}" for key in keys)) for row in shown]
+    rows = [(str(row["epoch"]), *(f"{row[key]:.3f}" for key in keys)) for row in shown]
     if late := history[-50:]:
-        ranges = (f"{min(row[key] for row in late):.2f} to {max(row[key] for row in late):.2f}" for key in keys)
+        ranges = (f"{min(row[key] for row in late):.3f} to {max(row[key] for row in late):.3f}" for key in keys)
         rows.append((f"the last {len(late)}", *ranges))
     return markdown(("epoch", "loss of D", "loss of G", "D on real images", "D on generated"), rows)
+
+
+def chosen_table(results: dict[str, dict]) -> str:
+    """README's table of the GAN's other settings."""
+    trials = results["trials"]["gan"].values() if "trials" in results else []
+    rows = []
+    for each in trials:
+        last = each["unaveraged"]
+        measures = (f"{each['fid']:.0f}", f"{each['precision']:.2f}", f"{each['recall']:.2f}", f"{last['fid']:.0f}")
+        rows.append((each["changed"], *measures, f"{each['d_real']:.2f}", f"{each['d_fake']:.2f}"))
+    head = ("changed", "Frechet distance", "precision", "recall", "without averaging", "D on real", "D on generated")
+    return markdown(head, rows)
 
 
 def measured_on(environments: Iterable[dict]) -> str:

@@ -1,10 +1,13 @@
 """The GAN's formulas against independent ones. A number in a test's name is that of its identity."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import experiment
 import gan
@@ -27,6 +30,35 @@ def model() -> gan.GAN:
 
 def noise(n: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(n, gan.Z_DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_networks_are_the_reports():
+    """Question 2.5: the sizes, where batch norm and dropout are, the slope, the settings of Adam."""
+    described = []
+    model = gan.GAN()
+    for network in (model.generator, model.discriminator):
+        for layer in network.modules():
+            match layer:
+                case torch.nn.Linear():
+                    described.append((layer.in_features, layer.out_features))
+                case torch.nn.BatchNorm1d():
+                    described.append(f"norm {layer.num_features}")
+                case torch.nn.LeakyReLU():
+                    described.append(f"leaky {layer.negative_slope}")
+                case torch.nn.Dropout():
+                    described.append(f"dropout {layer.p}")
+                case torch.nn.Tanh():
+                    described.append("tanh")
+    doubling = [((n, 2 * n), f"norm {2 * n}", "leaky 0.2") for n in (128, 256, 512)]
+    generator = [(100, 128), "leaky 0.2", *(each for layer in doubling for each in layer), (1024, 784), "tanh"]
+    hidden = [((784, 512), "leaky 0.2", "dropout 0.3"), ((512, 256), "leaky 0.2", "dropout 0.3")]
+    assert described == [*generator, *(each for layer in hidden for each in layer), (256, 1)]
+    args = gan.flags().parse_args([])
+    assert (args.lr, args.epochs) == (5e-4, 200)
+    for optimizer, network in zip(gan.make_optimizers(model, args.lr), (model.discriminator, model.generator)):
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["betas"]) == (5e-4, gan.BETAS)
+        assert {id(each) for each in group["params"]} == {id(each) for each in network.parameters()}
 
 
 # 13
@@ -52,16 +84,20 @@ def test_13_gradients_with_respect_to_the_logits(logit):
     real, fake = torch.tensor([0.4], dtype=torch.float64), torch.tensor([logit], dtype=torch.float64)
     fake.requires_grad_()
     one = torch.sigmoid(fake.detach())
-    losses = (gan.discriminator_loss(real, fake), gan.generator_loss(fake))
-    for loss, expected in zip(losses, (one, -(1 - one))):
+    saturating = -F.softplus(fake).mean()  # the mean of log(1 - D), which the generator of the original game minimises
+    losses = (gan.discriminator_loss(real, fake), gan.generator_loss(fake), saturating)
+    for loss, expected in zip(losses, (one, -(1 - one), -one)):
         torch.testing.assert_close(torch.autograd.grad(loss, fake)[0], expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("logit", [1e4, -1e4])
 def test_13_losses_are_finite_and_right_at_extreme_logits(logit):
-    real, fake = torch.tensor([logit]), torch.tensor([-logit])
-    assert gan.discriminator_loss(real, fake).item() == 2 * max(-logit, 0.0)
-    assert gan.generator_loss(fake).item() == max(logit, 0.0)
+    real, fake = torch.tensor([logit], requires_grad=True), torch.tensor([-logit], requires_grad=True)
+    loss_d, loss_g = gan.discriminator_loss(real, fake), gan.generator_loss(fake)
+    assert loss_d.item() == 2 * max(-logit, 0.0) and loss_g.item() == max(logit, 0.0)
+    (loss_d + loss_g).backward()
+    wrong = float(logit < 0)  # D's mistake on both
+    assert real.grad.item() == -wrong and fake.grad.item() == wrong - (1 - wrong)
 
 
 def test_13_each_objective_is_its_loss_on_the_networks_logits(model):
@@ -75,7 +111,7 @@ def test_13_each_objective_is_its_loss_on_the_networks_logits(model):
     torch.testing.assert_close(gan.generator_objective(model, z), gan.generator_loss(fake))
 
 
-def test_13_each_step_leaves_the_other_networks_gradients_empty(monkeypatch):
+def test_13_each_step_leaves_the_other_networks_gradients_empty():
     torch.manual_seed(0)
     model = gan.GAN()
     optimizers = gan.make_optimizers(model, 5e-4)
@@ -96,7 +132,7 @@ def test_13_each_step_leaves_the_other_networks_gradients_empty(monkeypatch):
         optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
     before = [parameter.detach().clone() for parameter in model.parameters()]
     images = torch.randint(256, (20, mnist.PIXELS), dtype=torch.uint8)
-    gan.training_step(model, optimizers, images, torch.arange(20))
+    gan.training_step(model, optimizers, images, torch.arange(20), 0.9)
     assert seen == [("d", False, True), ("g", True, False)]
     assert all(not torch.equal(*pair) for pair in zip(before, model.parameters()) if pair[0].ndim == 2)
 
@@ -111,7 +147,7 @@ def test_a_step_is_the_textbooks_two_steps(monkeypatch):
         models.append(gan.GAN())
     ours, plain = models
     torch.manual_seed(3)
-    figures = gan.training_step(ours, gan.make_optimizers(ours, 1e-3), images, torch.arange(30))
+    figures = gan.training_step(ours, gan.make_optimizers(ours, 1e-3), images, torch.arange(30), 0.9)
     torch.manual_seed(3)
     z_d, z_g = torch.randn(2, 30, gan.Z_DIM)
     assert not torch.equal(z_d, z_g)
@@ -131,7 +167,8 @@ def test_a_step_is_the_textbooks_two_steps(monkeypatch):
     adam_g.step()
     expected = torch.stack((loss_d, loss_g, torch.sigmoid(real).mean(), torch.sigmoid(fake).mean()))
     torch.testing.assert_close(figures, expected, rtol=1e-5, atol=1e-6)
-    for a, b in zip(ours.parameters(), plain.parameters()):
+    trained = [*ours.generator.parameters(), *ours.discriminator.parameters()]
+    for a, b in zip(trained, [*plain.generator.parameters(), *plain.discriminator.parameters()]):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)  # a tenth of the step that Adam takes
 
 
@@ -177,7 +214,7 @@ def test_samples_are_upright_and_of_the_full_range():
     assert x.tolist() == [-1, 1]
 
 
-def test_samples_are_drawn_by_the_running_average():
+def test_the_running_average_is_one():
     torch.manual_seed(0)
     model = gan.GAN()
     optimizers = gan.make_optimizers(model, 1e-2)
@@ -222,20 +259,81 @@ def test_interpolation_is_between_classes(monkeypatch, classes):
 
 
 @pytest.fixture
-def trained(tiny, tmp_path, monkeypatch):
-    """A run of two epochs on the small data with an untrained judge: what is in its folder, and its flags."""
-    monkeypatch.setattr(judge, "load", lambda device: judge.Judge())
-    flags = ["--epochs", "2", "--batch-size", "60", "--out", str(tmp_path)]
-    assert gan.main(flags) == 0
-    return tmp_path, flags
+def train(tiny, tmp_path, monkeypatch):
+    """Runs gan.py for two epochs on the small data with an untrained judge; the folder it leaves everything in."""
+    torch.manual_seed(9)
+    untrained = judge.Judge()
+    monkeypatch.setattr(judge, "load", lambda device: untrained)
+
+    def run(*flags: str):
+        assert gan.main(["--epochs", "2", "--batch-size", "60", "--out", str(tmp_path), *flags]) == 0
+        return tmp_path
+
+    return run
 
 
-def test_what_a_run_leaves(trained):
-    out, _ = trained
+def saved(out, run: str = "gan") -> gan.GAN:
+    model = gan.GAN().eval()
+    model.load_state_dict(torch.load(out / "weights" / f"{run}.pt", weights_only=True)["model"])
+    return model
+
+
+def test_what_a_run_leaves(train):
+    out = train()
     names = {name.removeprefix("figures/") for name in contents(out) if name.startswith("figures/")}
     panels = {f"gan_samples_epoch{epoch:02d}.png" for epoch in (0, 1, 2)}
     others = {"gan.json", "gan_samples.gif", "gan_losses.png", "gan_losses.pdf", "gan_interpolation.png"}
     assert names == panels | others | {"gan_nearest.png"}
+    assert Image.open(out / "figures" / "gan_samples.gif").n_frames == 3
+    content = json.loads((out / "figures" / "gan.json").read_text())
+    assert all(set(row) == {"epoch", "loss_d", "loss_g", "d_real", "d_fake", "seconds"} for row in content["history"])
+    verdict = {"fid", "precision", "recall", "class_counts"}
+    costs = {"parameters", "train_seconds", "peak_memory_mib", "seconds_per_1000_samples"}
+    assert set(content["result"]) == verdict | costs | {"unaveraged"}
+    assert set(content["result"]["unaveraged"]) == verdict
+    assert content["result"]["parameters"] == 2_041_745
+
+
+def test_samples_are_drawn_by_the_settled_average(train):
+    out = train()
+    model = saved(out)
+    before = contents(out)
+    train("--sample", "23")
+    images = torch.from_numpy(np.load(out / "figures" / "gan_samples.npz")["images"])
+    assert images.shape == (23, 28, 28) and torch.equal(images, gan.sample(model.average, 23))
+    assert not torch.equal(images, gan.sample(model.generator, 23))
+    frames = torch.load(out / "checkpoints" / "gan.pt", weights_only=True)["frames"]["samples"]
+    z = experiment.fixed_normal("panels", gan.SIDE**2, gan.Z_DIM)
+    assert torch.equal(frames[2], gan.generated(model.average, z))
+    h = experiment.fixed_normal("settling", gan.SETTLING, gan.Z_DIM)
+    for layer in model.average.modules():  # the first batch norm is over what its linear layer says of all the noise
+        if isinstance(layer, torch.nn.BatchNorm1d):
+            with torch.no_grad():
+                h = model.average[2][0](model.average[1](model.average[0](h)))
+            torch.testing.assert_close(layer.running_mean, h.mean(0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer.running_var, h.var(0), rtol=1e-2, atol=1e-5)
+            break
+    train("--evaluate")
+    train("--resume")
+    after = contents(out)
+    del after["figures/gan_samples.npz"]
+    assert after == before
+
+
+def test_evaluation_recomputes_the_result(train, capsys):
+    content = json.loads((train() / "figures" / "gan.json").read_text())
+    capsys.readouterr()
+    train("--evaluate")
+    result = json.loads(capsys.readouterr().out)
+    for key in ("fid", "precision", "recall", "class_counts", "unaveraged"):
+        assert result[key] == content["result"][key]
+
+
+def test_another_data_set_has_no_judge(train):
+    out = train("--dataset", "fashion-mnist")
+    content = json.loads((out / "figures" / "gan_fashion-mnist.json").read_text())
+    assert not {"fid", "precision", "recall", "class_counts", "unaveraged"} & set(content["result"])
+    assert (out / "figures" / "gan_fashion-mnist_interpolation.png").exists()
 
 
 def test_epoch_0_updates_nothing(tiny, tmp_path, monkeypatch):

@@ -40,11 +40,15 @@ def checkout(tmp_path):
     """A small checkout with two seeds of one run, the judge, a bench and an answer."""
     for folder in ("figures", "code", "docs"):
         (tmp_path / folder).mkdir()
-    marked = {"README.md": ("results", "judged", "healthy"), "docs/speed.md": ("ceiling", "ladder", "tried")}
+    marked = {
+        "README.md": ("results", "judged", "healthy", "game", "chosen"),
+        "docs/speed.md": ("ceiling", "ladder", "tried"),
+    }
     for path, markers in marked.items():
         text = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in markers)
         (tmp_path / path).write_text(f"a\n{text}b\n")
-    (tmp_path / "code" / "vae.py").write_text('"""\n    python code/vae.py    # old\n"""\n')
+    for script in ("vae", "gan"):
+        (tmp_path / "code" / f"{script}.py").write_text(f'"""\n    python code/{script}.py    # old\n"""\n')
     bounds = (-543.21, -105.0, -100.126, *[-99.0] * 38)
     history = [{"epoch": e, "val_elbo": bound, "seconds": 3.0} for e, bound in enumerate(bounds)]
     result = {"test_elbo": -1, "test_nll": 2, "test_nll_se": 0.5, "importance_samples": 500, "train_seconds": 1234.5}
@@ -52,6 +56,13 @@ def checkout(tmp_path):
     run = {"config": {"z_dim": 20}, "environment": ENVIRONMENT, "history": history, "result": result}
     write_json(tmp_path, "vae_z20", run)
     write_json(tmp_path, "vae_z20_seed1", {**run, "result": {**result, "test_nll": 2.25}})
+    game = [{"epoch": e, "loss_d": 1.4 - e / 1000, "loss_g": 0.7, "d_real": 0.6, "d_fake": 0.4} for e in range(201)]
+    verdict = {"fid": 20.06, "precision": 0.75, "recall": 0.625, "class_counts": [8, 12]}
+    costs = {"train_seconds": 2000.4, "seconds_per_1000_samples": 0.0204}
+    gan = {"environment": ENVIRONMENT, "history": game, "result": {**verdict, **costs, "unaveraged": verdict}}
+    write_json(tmp_path, "gan", gan)
+    trial = {"changed": "nothing", "d_real": 0.55, "d_fake": 0.45, "unaveraged": verdict, **verdict}
+    write_json(tmp_path, "trials", {"gan": {"as_it_is": trial}})
     floor = {"fid": 1.5, "precision": 0.9, "recall": 0.8, "class_counts": [10, 10]}
     write_json(tmp_path, "judge", {"result": {"test_accuracy": 0.99384, "floor": floor}})
     gaps = {"gap_median": 0.011, "gap_percentile_90": 4.5, "gap_percentile_99": 43.0}
@@ -69,6 +80,7 @@ def checkout(tmp_path):
 def test_numbers_follow_the_json(checkout):
     files = {path.name: text for path, text in collect.collect(checkout).items()}
     assert "    python code/vae.py    # z of 20: test ELBO -1.00 nats" in files["vae.py"]
+    assert "    python code/gan.py    # Frechet distance 20.1, precision 0.750, recall 0.625; 2000 s" in files["gan.py"]
     for expected in (
         r"num:vae_z20.history.last.val_elbo\endcsname{\ensuremath{-}99.00}",
         r"num:vae_z20.history.1.val_elbo\endcsname{\ensuremath{-}105.00}",
@@ -83,8 +95,13 @@ def test_numbers_follow_the_json(checkout):
         "passed the original's -101.7 (static) after 9 s",
         "500 test images, with 4,000 samples of q, by 0.01, 4.50, 43.00 nats",
         "the two agree: 130.10 and 130.20",
-        "| real training images: the floor | 1.5 | 0.900 | 0.800 | 50.0% and 50.0% |",
-        "| `vae_z20` | 12.3 | 0.500 | 0.250 | 25.0% and 75.0% |",
+        "| real training images: the floor | 1.5 | 0.900 | 0.800 | 50.0% and 50.0% | - | - |",
+        "| `vae_z20` | 12.3 | 0.500 | 0.250 | 25.0% and 75.0% | 1234 s | - |",
+        "| `gan` | 20.1 | 0.750 | 0.625 | 40.0% and 60.0% | 2000 s | 0.020 s |",
+        "| `gan`, weights not averaged | 20.1 | 0.750 | 0.625 | 40.0% and 60.0% | - | - |",
+        "| 100 | 1.300 | 0.700 | 0.600 | 0.400 |",
+        "| the last 50 | 1.200 to 1.249 | 0.700 to 0.700 | 0.600 to 0.600 | 0.400 to 0.400 |",
+        "| nothing | 20 | 0.75 | 0.62 | 20 | 0.55 | 0.45 |",
         "| 10 | -99.0 |",
         "C, 2 threads, torch T",
     ):
@@ -109,6 +126,7 @@ def test_numbers_follow_the_json(checkout):
         ("x.seconds", 161.4, "161"),
         ("x.parameters", 1234567, "1,234,567"),
         ("x.lr", 0.003, "0.003"),
+        ("x.config.decay", 0.999, "0.999"),
         ("x.recall", 0.12345, "0.123"),
     ],
 )
