@@ -168,9 +168,9 @@ def train(run: Run, model: GAN, data: mnist.Data) -> None:
     images = data.images.flatten(1)
     steps = len(images) // args.batch_size  # an epoch's
     figures = torch.zeros(steps, 4, device=run.device)
+    untrained = [buffer.clone() for buffer in model.buffers()]
     for epoch in run.epochs():
         model.train()
-        buffers = [buffer.clone() for buffer in model.buffers()]
         for step, index in run.steps(mnist.batches(len(images), args.batch_size, run.device), steps):
             if epoch > 0:
                 decay = experiment.averaging(step, DECAY)
@@ -178,7 +178,7 @@ def train(run: Run, model: GAN, data: mnist.Data) -> None:
             else:
                 figures[step % steps] = untrained_step(model, images, index)
         if epoch == 0:
-            for buffer, before in zip(model.buffers(), buffers):  # what batch norm has counted on this pass
+            for buffer, before in zip(model.buffers(), untrained):  # what batch norm has counted on this pass
                 buffer.copy_(before)
         model.eval()
         update_bn(fixed_normal("settling", SETTLING, Z_DIM).to(run.device).split(EVALUATION_BATCH), model.average)
