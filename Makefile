@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help vae gan trials judge seeds theory bench report test lint clean
+.PHONY: help vae gan nf trials judge seeds theory bench report test lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,10 @@ gan: $(VENV)/filled  ## train the GAN to the report's 200 epochs and draw everyt
 	$(PY) code/gan.py
 	$(PY) report/collect.py
 
+nf: $(VENV)/filled  ## train the flow to the report's 40 epochs and draw everything (figures/nf_*)
+	$(PY) code/nf.py
+	$(PY) report/collect.py
+
 trials: $(VENV)/filled  ## train the GAN for some epochs with other settings, judged on validation (figures/trials.json)
 	$(PY) code/trials.py
 	$(PY) report/collect.py
@@ -33,7 +37,8 @@ judge: $(VENV)/filled  ## judge 10,000 samples of each model (trains the judge o
 	$(PY) code/vae.py --sample 10000
 	$(PY) code/vae.py --z-dim 2 --sample 10000
 	$(PY) code/gan.py --sample 10000
-	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz figures/gan_samples.npz
+	$(PY) code/nf.py --sample 10000
+	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz figures/gan_samples.npz figures/nf_samples.npz
 	$(PY) report/collect.py
 
 seeds: $(VENV)/filled  ## train the VAE (z of 20) with two more seeds: the spread (figures/vae_z20_seed*.json)

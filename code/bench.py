@@ -13,11 +13,13 @@ import functools
 import statistics
 import sys
 import time
+import unittest.mock as mock
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,10 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import experiment
 import gan
 import mnist
+import nf
 import vae
 from experiment import UserError
 
-STEPS = 40  # of training in one measurement
+STEPS = 40  # of training in one measurement; of the flow, whose steps are long, a quarter
 CEILING_SIDE, CEILING_PRODUCTS = 1024, 40
 
 
@@ -44,9 +47,10 @@ class Case:
     data: Callable[[Tensor], object]  # its share that draws data and noise
     optimizer: Callable[[], object]  # its share that updates the parameters
     evaluate: Callable[[], object]  # what follows each epoch
-    images: Tensor  # (n, 784) uint8, an epoch's
+    images: Tensor  # (n, ...) uint8, an epoch's
     textbook: Callable[..., Callable[[Tensor], object]]  # (fused, item) -> a step, given images in [0, 1]
     tried: dict[str, Callable[[Tensor], object]]  # variants of the step that the script does not use
+    steps: int  # of training in one measurement
 
 
 def updates(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Callable[[], None]:
@@ -116,6 +120,7 @@ def vae_case(z_dim: int, data: mnist.Data) -> Case:
         images=images,
         textbook=textbook,
         tried={"the objective compiled": compiled_step, "pixels from float noise, indexed": with_float_noise},
+        steps=STEPS,
     )
 
 
@@ -194,6 +199,69 @@ def gan_case(data: mnist.Data) -> Case:
             "real and generated images apart": step_with(apart, alone=True),
             "G's step with D's gradients too": step_with(objectives, alone=False),
         },
+        steps=STEPS,
+    )
+
+
+def mixture_by_autograd(x: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
+    """What `nf.MixtureLogit` computes, with the gradient left to autograd."""
+    u = (x.unsqueeze(1) - mu) * torch.exp(-log_s)
+    log_pi = torch.log_softmax(logits, 1)
+    log_below = torch.logsumexp(log_pi + F.logsigmoid(u), 1)
+    log_above = torch.logsumexp(log_pi + F.logsigmoid(-u), 1)
+    log_density = torch.logsumexp(log_pi + F.logsigmoid(u) + F.logsigmoid(-u) - log_s, 1)
+    return log_below - log_above, log_density - log_below - log_above
+
+
+def nf_case(data: mnist.Data) -> Case:
+    """The flow at the report's settings."""
+    args = nf.flags().parse_args([])
+    images = data.train_images
+    model, other = nf.Flow(args.components).to(images.device), nf.Flow(args.components).to(images.device)
+    optimizer = nf.make_optimizer(model, args.lr)
+    update = updates(other, nf.make_optimizer(other, args.lr))
+    evaluated = images[: nf.EVALUATION_IMAGES]
+
+    def textbook(fused: bool, item: bool) -> Callable[[Tensor], None]:
+        plain = nf.Flow(args.components).to(images.device)
+        adam = torch.optim.Adam(plain.parameters(), lr=args.lr, betas=nf.BETAS, fused=fused or None)
+
+        def step(batch: Tensor) -> None:
+            v = batch.view(-1, mnist.SIDE, mnist.SIDE) * 255
+            loss = nf.bits_per_dim(nf.log_prob(plain, v + torch.rand_like(v))).mean()
+            adam.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), nf.CLIP)
+            adam.step()
+            if item:
+                loss.item()
+
+        return step
+
+    def step_with(mixture: Callable) -> Callable[[Tensor], None]:
+        """The script's step with the mixture computed otherwise."""
+
+        def step(index: Tensor) -> None:
+            with mock.patch.object(nf.MixtureLogit, "apply", mixture):
+                nf.training_step(model, optimizer, images, index)
+
+        return step
+
+    return Case(
+        name="nf",
+        batch=args.batch_size,
+        model=model,
+        step=lambda index: nf.training_step(model, optimizer, images, index),
+        data=lambda index: nf.draw_batch(images, index),
+        optimizer=lambda: (nn.utils.clip_grad_norm_(other.parameters(), nf.CLIP), update()),
+        evaluate=lambda: [nf.per_image_log_prob(model, evaluated, split) for split in ("training", "validation")],
+        images=images,
+        textbook=textbook,
+        tried={
+            "the mixture compiled": step_with(torch.compile(mixture_by_autograd)),
+            "the mixture's gradient by autograd": step_with(mixture_by_autograd),
+        },
+        steps=max(1, STEPS // 4),
     )
 
 
@@ -211,7 +279,7 @@ class _Products(TorchDispatchMode):
 
 
 def products(case: Case, device: torch.device) -> tuple[Callable[[], None], int]:
-    """A function that repeats the products of STEPS training steps and nothing else; operations for each image.
+    """A function that repeats the products of `case.steps` steps and nothing else; operations for each image.
 
     A multiply-add counts as two. Everything but matrix products and convolutions is left out.
     """
@@ -221,7 +289,7 @@ def products(case: Case, device: torch.device) -> tuple[Callable[[], None], int]
 
     def run() -> None:
         with torch.inference_mode():
-            for _ in range(STEPS):
+            for _ in range(case.steps):
                 for each in kept.calls:
                     each()
 
@@ -280,15 +348,15 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
         def run() -> None:
             for number, (images, _) in enumerate(loader):
                 step(images.to(device))
-                if number + 1 == STEPS:
+                if number + 1 == case.steps:
                     break
 
         return run
 
     def repeat(function: Callable[[Tensor], object], times: float = 1) -> Callable[[], None]:
-        """As many images as in STEPS steps, in batches `times` the script's."""
+        """As many images as in `case.steps` steps, in batches `times` the script's."""
         drawn = indices(case, int(times * case.batch), device)
-        return lambda: [function(next(drawn)) for _ in range(int(STEPS / times))]
+        return lambda: [function(next(drawn)) for _ in range(int(case.steps / times))]
 
     def resident(step: Callable[[Tensor], object]) -> Callable[[], None]:
         return repeat(lambda index: step(case.images[index] / 255))
@@ -307,7 +375,7 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
         "ceiling": ceiling(device),
         "products": only_products,
         "data": repeat(case.data),
-        "optimizer": lambda: [case.optimizer() for _ in range(STEPS)],
+        "optimizer": lambda: [case.optimizer() for _ in range(case.steps)],
         "evaluation": case.evaluate,
     }
     compiled = next(name for name in tried if "compiled" in name)
@@ -318,7 +386,7 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
         compiling = None
     times = in_turns({**ladder, **tried, **shares}, rounds, device)
     step = times["the script's step"]
-    images = STEPS * case.batch
+    images = case.steps * case.batch
     limit = CEILING_PRODUCTS * 2 * CEILING_SIDE**3 / times["ceiling"]  # operations a second
     rest = step - times["products"] - times["data"] - times["optimizer"]
     epoch = step / images * len(case.images) + times["evaluation"]
@@ -380,7 +448,7 @@ def main(argv: list[str] | None = None) -> None:
     path = experiment.folder(args.out / "figures") / "bench.json"
     data = mnist.load("mnist", args.data_dir, device)
     rows = {}
-    for case in (vae_case(20, data), gan_case(data)):
+    for case in (vae_case(20, data), gan_case(data), nf_case(data)):
         rows[case.name] = measure(case, args.rounds, args.data_dir, device)
     print(table(rows))
     content = {"environment": experiment.environment(device), "rounds": args.rounds, "models": rows}

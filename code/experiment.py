@@ -7,7 +7,7 @@ A run's life, as each script's `main` spells it out:
     for epoch in run.epochs():                   # 0 is before training
         ...
         run.record(figure_of_merit=...)          # a history row, and the checkpoint
-    run.complete(model, result)                  # weights, then JSON
+    run.conclude(model, evaluate)                # weights, then JSON
 
 Every file is made whole in memory and written by `write`, so that a killed run leaves old files or new ones.
 """
@@ -469,6 +469,11 @@ class Run:
         """The epoch in progress: the first without a row in the history."""
         return len(self.history)
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run began, as the history counts them."""
+        return sum(row["seconds"] for row in self.history) + time.perf_counter() - self._row_begin
+
     def start(self, **parts: Any) -> None:
         """Begin, or with --resume go on. `parts` (models, optimizers) have state_dict() and load_state_dict()."""
         if self._note:
@@ -604,6 +609,13 @@ class Run:
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
         write(self.out / "figures" / f"{self.name}.json", json_bytes(content))
+
+    def conclude(self, model: nn.Module, evaluate: Callable[[], dict]) -> None:
+        """After the pictures: with --evaluate show the result; else, unless that has been done before, complete."""
+        if self.args.evaluate:
+            self.show(evaluate())
+        elif not self.is_complete(model):
+            self.complete(model, evaluate())
 
     def show(self, result: dict) -> None:
         """Print a recomputed result as strict JSON. The run's own JSON, a record of its training, stays as it is."""

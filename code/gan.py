@@ -336,10 +336,7 @@ def main(argv: list[str] | None = None) -> None:
         train(run, model, data)
         draw_training(run)
     draw_final(run, model, data, judged_by)
-    if args.evaluate:
-        run.show(evaluate(run, model, data, judged_by))
-    elif not run.is_complete(model):
-        run.complete(model, evaluate(run, model, data, judged_by))
+    run.conclude(model, lambda: evaluate(run, model, data, judged_by))
 
 
 if __name__ == "__main__":

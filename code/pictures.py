@@ -81,7 +81,9 @@ def save_figure(path: Path, whole: "Figure", pdf: bool = True) -> None:
         write(path.with_suffix(f".{kind}"), buffer.getvalue())
 
 
-def save_training_curves(path: Path, history: list[dict], keys: Sequence[str], ylabel: str, title: str) -> None:
+def save_training_curves(
+    path: Path, history: list[dict], keys: Sequence[str], ylabel: str, title: str, legend: str = "lower right"
+) -> None:
     """Write the history's two figures of merit `keys` (training, validation) per epoch.
 
     The axis spans the values from epoch 1 on, as the untrained one would flatten the curves; that is told in words.
@@ -102,5 +104,5 @@ def save_training_curves(path: Path, history: list[dict], keys: Sequence[str], y
     axes.set(xlabel="epoch", ylabel=ylabel, title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc=legend)
     save_figure(path, whole)

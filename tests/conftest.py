@@ -13,7 +13,7 @@ import judge
 import mnist
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["vae", "gan"]  # every model's script; test_scripts checks that none is missing
+SCRIPTS = ["vae", "gan", "nf"]  # every model's script; test_scripts checks that none is missing
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def test_products_are_repeated_as_they_were():
     repeat, flops = bench.products(case, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
         repeat()
-    assert counter.get_total_flops() == bench.STEPS * case.batch * flops
+    assert counter.get_total_flops() == case.steps * case.batch * flops
 
 
 def test_the_textbook_loop_trains_the_same_objective(monkeypatch):
@@ -121,7 +121,7 @@ def test_the_table_follows_from_the_medians(data_dir, monkeypatch):
     monkeypatch.setattr(bench, "seconds", lambda function, device: 1.0)
     monkeypatch.setattr(bench, "in_turns", lambda functions, *_: {name: medians.get(name, 4.0) for name in functions})
     row = bench.measure(case, 5, data_dir, torch.device("cpu"))
-    images = bench.STEPS * case.batch
+    images = case.steps * case.batch
     assert row["images_per_second"] == images / 2 and row["times_textbook"] == 4.5
     assert row["percent_of_step"] == pytest.approx(
         {"products": 50, "data_and_noise": 10, "optimizer": 15, "elementwise_and_rest": 25}

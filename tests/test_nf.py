@@ -1,0 +1,395 @@
+"""The flow's formulas against independent ones. A number in a test's name is that of its identity."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import judge
+import mnist
+import nf
+from conftest import ROOT, contents
+from experiment import RunError
+
+MAPS = pytest.mark.parametrize("components", [0, 4], ids=["affine", "mixture"])
+
+
+def perturbed(module: torch.nn.Module, seed: int = 0, by: float = 0.3) -> torch.nn.Module:
+    """The module in float64 with every parameter moved, so that no layer is zero and no map the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return module
+
+
+def jacobian_log_det(function, x: torch.Tensor) -> torch.Tensor:
+    """log |det| of the Jacobian of a function of one image, by autograd."""
+    jacobian = torch.autograd.functional.jacobian(function, x)
+    return torch.linalg.slogdet(jacobian.reshape(x.numel(), x.numel()))[1]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Flows with few hidden channels and couplings, for images of any side divisible by 4."""
+    monkeypatch.setattr(nf, "LEVELS", ((6, 3), (5, 2), (5, 2), (4, 1)))
+    return lambda components: perturbed(nf.Flow(components), by=0.1)
+
+
+def mixture(shape=(5, 3, 2, 2), components: int = 4, seed: int = 1) -> tuple[torch.Tensor, ...]:
+    """x, logits, mu, log_s in float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size, by):
+        return by * torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    batch, *rest = shape
+    return normal(*shape, by=4), *(normal(batch, components, *rest, by=by) for by in (1.0, 3.0, 1.0))
+
+
+# 8
+
+
+@MAPS
+def test_8_couplings_ladj_is_autograds(components):
+    torch.manual_seed(0)
+    coupling = perturbed(nf.Coupling(2, 5, components))
+    seen, x = torch.randn(2, 1, 2, 2, 2, dtype=torch.float64)
+    _, ladj = coupling(seen, x)
+    expected = jacobian_log_det(lambda each: coupling(seen, each)[0], x)
+    assert abs(expected) > 0.1
+    torch.testing.assert_close(ladj[0], expected, rtol=0, atol=1e-10)
+
+
+@MAPS
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_8_couplings_inverse_undoes_it(components, dtype, tolerance):
+    torch.manual_seed(0)
+    coupling = perturbed(nf.Coupling(2, 5, components)).to(dtype)
+    seen, x = torch.randn(2, 6, 2, 3, 3, dtype=dtype)
+    z, _ = coupling(seen, x)
+    assert (z - x).abs().max() > 0.1
+    torch.testing.assert_close(
+        coupling.inverse(seen, z), x, rtol=0, atol=tolerance if not components else max(tolerance, 1e-9)
+    )
+
+
+def test_8_an_affine_coupling_starts_as_the_identity():
+    torch.manual_seed(0)
+    coupling = nf.Coupling(2, 5, 0)
+    seen, x = torch.randn(2, 6, 2, 3, 3)
+    z, ladj = coupling(seen, x)
+    assert torch.equal(z, x) and not ladj.any()
+
+
+def test_8_mixture_is_the_formula():
+    """Against the plain formula with autograd's derivative; and its written-out gradient against autograd's."""
+    arguments = [each.requires_grad_() for each in mixture()]
+    x, logits, mu, log_s = arguments
+    u = (x.unsqueeze(1) - mu) / log_s.exp()
+    cdf = (torch.softmax(logits, 1) * torch.sigmoid(u)).sum(1)
+    plain = torch.log(cdf) - torch.log1p(-cdf)
+    (slope,) = torch.autograd.grad(plain.sum(), x, create_graph=True)
+    z, log_slope = nf.MixtureLogit.apply(*arguments)
+    torch.testing.assert_close(z, plain, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(log_slope, slope.log(), rtol=0, atol=1e-8)
+    (ours,) = torch.autograd.grad(z.sum(), x, retain_graph=True)
+    torch.testing.assert_close(log_slope, ours.log(), rtol=0, atol=1e-10)
+    assert torch.autograd.gradcheck(nf.MixtureLogit.apply, arguments, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_8_mixture_is_increasing_and_finite_far_out(dtype):
+    _, *parameters = (each.to(dtype) for each in mixture((1, 50)))
+    x = torch.cat((torch.linspace(-100, 100, 401, dtype=dtype), torch.tensor([-100.0, 100.0], dtype=dtype)))
+    x = x.sort().values.unsqueeze(1).expand(-1, 50)
+    z, log_slope = nf.MixtureLogit.apply(x, *(each.expand(len(x), -1, -1) for each in parameters))
+    assert z.isfinite().all() and log_slope.isfinite().all()
+    assert (z[1:] >= z[:-1]).all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_8_mixtures_inverse(dtype, tolerance):
+    x, *parameters = (each.to(dtype) for each in mixture((2000, 3), seed=2))
+    z, log_slope = nf.MixtureLogit.apply(x, *parameters)
+    again = nf.invert_mixture(z, *parameters)
+    error = (again - x).abs() * log_slope.exp().clamp(max=1)  # where the map is flat, z does not tell x
+    assert error.max() < tolerance
+    far = torch.tensor([-100.0, -30.0, 30.0, 100.0], dtype=dtype).repeat(500).unsqueeze(1).expand(-1, 3)
+    there = nf.invert_mixture(far, *parameters)
+    assert there.isfinite().all()
+    torch.testing.assert_close(nf.MixtureLogit.apply(there, *parameters)[0], far, rtol=1e-5, atol=1e-4)
+
+
+def test_8_inverse_says_so_where_it_fails():
+    z, *parameters = mixture((3, 2))
+    z[1, 1] = math.nan
+    with pytest.raises(RunError, match="1 of 6"):
+        nf.invert_mixture(z, *parameters)
+
+
+@MAPS
+def test_8_flows_ladj_is_autograds_and_its_inverse_undoes_it(small, components):
+    flow = small(components)
+    v = 256 * torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    z, ladj = flow(v)
+    expected = jacobian_log_det(lambda each: flow(each)[0], v)
+    torch.testing.assert_close(ladj[0], expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(flow.inverse(z), v, rtol=0, atol=1e-7)
+    log_normal = -0.5 * (z.square().sum() + 16 * math.log(2 * math.pi))
+    torch.testing.assert_close(nf.log_prob(flow, v)[0], log_normal + expected, rtol=0, atol=1e-9)
+    backward = jacobian_log_det(flow.inverse, z.detach()) if not components else -expected
+    torch.testing.assert_close(ladj[0] + backward, torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_8_the_split_is_the_checkerboard():
+    image = torch.arange(64.0).view(1, 1, 8, 8)
+    one, other = nf.split(image)
+    row, column = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    colour = ((row + column) % 2).flatten()
+    assert (colour[one.flatten().long()] == 0).all() and (colour[other.flatten().long()] == 1).all()
+
+
+def test_8_at_every_level_a_pixels_neighbours_are_in_the_other_half():
+    """The nearest pixels of one's own half are further away than the other's by the root of 2; join undoes it."""
+    row, column = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    places = torch.stack((row, column)).unsqueeze(1)  # each pixel's place, as two images
+    rest = places
+    for level in range(4):
+        one, other = nf.split(rest)
+        assert torch.equal(nf.join(one, other), rest) and one.numel() == other.numel() == places.numel() / 2 ** (
+            level + 1
+        )
+        own, others = one.flatten(1).T, other.flatten(1).T  # (pixels, 2)
+        apart = torch.cdist(own, own).fill_diagonal_(math.inf).amin(1)
+        across = torch.cdist(own, others).amin(1)
+        torch.testing.assert_close(across, torch.full_like(across, 2 ** (level / 2)))
+        torch.testing.assert_close(apart, math.sqrt(2) * across)
+        rest = other
+
+
+@MAPS
+def test_8_what_is_seen_passes_through_bit_for_bit(small, components):
+    """Of a flow with one coupling, one colour's logits come out as they went in, and the other's do not."""
+    flow = small(components)
+    flow.levels = flow.levels[:1]
+    flow.levels[0] = flow.levels[0][:1]
+    v = 256 * torch.rand(2, 8, 8, dtype=torch.float64)
+    seen, other = nf.split(nf.to_logits(v)[0].unsqueeze(1))
+    changed, kept = flow(v)[0].chunk(2, dim=1)
+    assert torch.equal(kept, seen.flatten(1)) and not torch.isclose(changed, other.flatten(1)).any()
+
+
+# 9
+
+
+def test_9_logits_slope_is_autograds_and_the_inverse_undoes_it():
+    v = torch.cat((torch.linspace(0, 256, 1001), torch.tensor([1e-6, 255.99999]))).double().requires_grad_()
+    y, log_slope = nf.to_logits(v)
+    (slope,) = torch.autograd.grad(y.sum(), v)
+    torch.testing.assert_close(log_slope, slope.log(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(nf.from_logits(y), v, rtol=0, atol=1e-9)
+    a = nf.SHRINK
+    p = a / 2 + (1 - a) * v / 256
+    torch.testing.assert_close(y, torch.log(p / (1 - p)), rtol=0, atol=1e-8)
+
+
+def test_9_float32_keeps_its_digits_at_both_ends():
+    v = torch.cat((torch.linspace(0, 1, 500), torch.linspace(255, 256, 500)))
+    assert v[-1] == 256
+    for ours, exact in zip(nf.to_logits(v), nf.to_logits(v.double())):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-5)
+
+
+# 10
+
+
+def test_10_uniform_density_has_8_bits():
+    for dimensions in (1, 784):
+        log_p = torch.tensor([-dimensions * math.log(256)], dtype=torch.float64)
+        assert nf.bits_per_dim(log_p, dimensions).item() == pytest.approx(8, rel=1e-14)
+
+
+# 11
+
+
+def test_11_dequantisation_bounds_the_discrete_probability_from_below():
+    """A normal density on [0, 256) whose cells' probabilities are known."""
+    normal = torch.distributions.Normal(3.3, 0.8)
+    cells = torch.arange(8, dtype=torch.float64)
+    exact = torch.log(normal.cdf(cells + 1) - normal.cdf(cells))
+    u = torch.rand(8, 19_200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_p = normal.log_prob(nf.dequantised(cells.byte().unsqueeze(1).expand(-1, 19_200), u))
+    assert (log_p.mean(1) < exact).all()
+    gaps = [float((exact - (torch.logsumexp(log_p.view(8, -1, k), 2) - math.log(k)).mean(1)).max()) for k in (1, 8, 64)]
+    assert gaps[0] > 2 * gaps[1] > 4 * gaps[2] > -1e-2
+
+
+# 12
+
+
+@MAPS
+def test_12_a_flow_on_two_numbers_integrates_to_one(components):
+    torch.manual_seed(0)
+    couplings = [perturbed(nf.Coupling(1, 5, components), seed, by=0.2) for seed in range(3)]
+    axis = torch.linspace(-20, 20, 501, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    seen, other = (each.view(-1, 1, 1, 1) for each in grid.T)
+    ladj = torch.zeros(len(grid), dtype=torch.float64)
+    with torch.inference_mode():
+        for coupling in couplings:
+            transformed, of_coupling = coupling(seen, other)
+            seen, other, ladj = transformed, seen, ladj + of_coupling
+    squares = (seen.square() + other.square()).flatten()
+    density = torch.exp(ladj - 0.5 * squares - math.log(2 * math.pi))
+    assert density.sum().item() * (axis[1] - axis[0]).item() ** 2 == pytest.approx(1, abs=1e-3)
+
+
+# Evaluation
+
+
+@pytest.fixture
+def doubles():
+    """New tensors are float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def some_images(n: int) -> torch.Tensor:
+    return torch.randint(256, (n, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_5_evaluation_does_not_depend_on_the_batch_size(small, doubles):
+    flow = small(4)
+    whole = nf.per_image_log_prob(flow, some_images(23), "test", batch=23)
+    for batch in (1, 5, 22):
+        torch.testing.assert_close(
+            nf.per_image_log_prob(flow, some_images(23), "test", batch), whole, rtol=1e-10, atol=0
+        )
+
+
+def test_evaluation_is_on_fixed_noise_of_the_images_index(small):
+    flow = small(4).float()
+    whole, first = (nf.per_image_log_prob(flow, some_images(n), "test", batch=1) for n in (9, 4))
+    assert torch.equal(whole[:4], first)
+    assert not torch.isclose(nf.per_image_log_prob(flow, some_images(4), "validation", batch=1), first).any()
+
+
+def test_importance_weights_are_a_log_mean_exp(small):
+    flow = small(4).float()
+    draws = torch.stack([nf.per_image_log_prob(flow, some_images(7), f"test, importance sample {k}") for k in range(3)])
+    ours = nf.importance_weighted_bpd(flow, some_images(7), "test", 3)
+    assert not torch.isclose(draws[0], draws[1]).any()
+    top = draws.amax(0)
+    expected = -(top + torch.log(torch.exp(draws - top).mean(0))) / (784 * math.log(2))
+    torch.testing.assert_close(ours, expected)
+    assert (ours < nf.bits_per_dim(draws).mean(0)).all()
+
+
+def test_training_noise_is_fresh_and_uniform():
+    images = torch.full((2, 28, 28), 7, dtype=torch.uint8)
+    torch.manual_seed(0)
+    index = torch.zeros(100, dtype=torch.int64)
+    one, other = nf.draw_batch(images, index), nf.draw_batch(images, index)
+    assert not torch.equal(one, other) and (one >= 7).all() and (one < 8).all()
+    assert abs(one.mean() - 7.5) < 4 * math.sqrt(1 / 12 / one.numel())
+
+
+def test_real_images_survive_the_round_trip_through_the_trained_weights(data_dir):
+    """Within half a grey level, in float32."""
+    archive = torch.load(ROOT / "weights" / "nf.pt", weights_only=True)
+    model = nf.Flow(archive["config"]["components"])
+    model.load_state_dict(archive["model"])
+    images = mnist.load("mnist", data_dir).test_images[:100]
+    with torch.inference_mode():
+        v = nf.dequantised(images, torch.rand(images.shape, generator=torch.Generator().manual_seed(0)))
+        again = model.inverse(model(v)[0])
+    assert (again - v).abs().max() < 0.5
+
+
+@pytest.fixture
+def train(tiny, tmp_path, monkeypatch, small):
+    """Runs nf.py with a small flow for two epochs on the small data; the folder it leaves everything in."""
+    torch.manual_seed(9)
+    untrained = judge.Judge()
+    monkeypatch.setattr(judge, "load", lambda device: untrained)
+
+    def run(*flags: str, status: int = 0):
+        assert nf.main(["--epochs", "2", "--batch-size", "50", "--out", str(tmp_path), *flags]) == status
+        return tmp_path
+
+    return run
+
+
+def test_what_a_run_leaves(train, capsys):
+    out = train()
+    names = {name.removeprefix("figures/") for name in contents(out) if name.startswith("figures/")}
+    panels = {f"nf_samples_epoch{epoch:02d}.png" for epoch in (0, 1, 2)}
+    assert names == panels | {"nf.json", "nf_bpd.png", "nf_bpd.pdf", "nf_interpolation.png"}
+    assert Image.open(out / "figures" / "nf_interpolation.png").size == (4 * (9 * 30 - 2), 4 * (8 * 30 - 2))
+    content = json.loads((out / "figures" / "nf.json").read_text())
+    first, second, third = content["history"]
+    assert set(first) == set(third) == {"epoch", "train_bpd", "val_bpd", "seconds"}
+    assert set(second) == set(first) | {"early_val_bpd", "early_seconds"}
+    assert first["val_bpd"] > second["early_val_bpd"] > second["val_bpd"]
+    assert first["seconds"] < second["early_seconds"] < first["seconds"] + second["seconds"]
+    result = content["result"]
+    costs = {"parameters", "train_seconds", "peak_memory_mib", "seconds_per_1000_samples"}
+    verdict = {"fid", "precision", "recall", "class_counts"}
+    assert set(result) == {"test_bpd", "test_bpd_iw", "importance_samples"} | costs | verdict
+    assert (
+        result["test_bpd_iw"] < result["test_bpd"]
+        and content["history"][-1]["val_bpd"] < content["history"][0]["val_bpd"]
+    )
+    before = contents(out)
+    train("--sample", "23")
+    images = np.load(out / "figures" / "nf_samples.npz")["images"]
+    assert images.shape == (23, 28, 28) and images.dtype == np.uint8
+    capsys.readouterr()
+    train("--evaluate")
+    again = json.loads(capsys.readouterr().out)
+    assert all(again[key] == result[key] for key in verdict | {"test_bpd", "test_bpd_iw"})
+    train("--resume")
+    after = contents(out)
+    del after["figures/nf_samples.npz"]
+    assert after == before
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_with_its_place(train, monkeypatch, capsys):
+    step, calls = nf.training_step, []
+
+    def broken(*args):
+        calls.append(args)
+        loss, norm = step(*args)
+        return loss, norm * math.nan if len(calls) == 13 else norm
+
+    monkeypatch.setattr(nf, "training_step", broken)
+    train(status=1)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "diverged" in line]
+    assert "gradient_norm" in line and "epoch 2 at step 3 of 10" in line
+
+
+def test_the_gradient_is_clipped(small, monkeypatch):
+    model = small(4).float()
+    monkeypatch.setattr(nf, "CLIP", 1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    _, norm = nf.training_step(model, optimizer, torch.randint(256, (4, 28, 28), dtype=torch.uint8), torch.arange(4))
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters())]).norm()
+    assert norm > 1e-2 and moved.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_pairs_are_of_different_classes(tiny):
+    start, end = nf.different_pairs(tiny)
+    assert start.shape == end.shape == (nf.INTERPOLATIONS, 28, 28)
+
+    def label(image):
+        return tiny.test_labels[[torch.equal(image, each) for each in tiny.test_images].index(True)]
+
+    assert all(label(a) != label(b) for a, b in zip(start, end))
