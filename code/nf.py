@@ -22,7 +22,9 @@ import mnist
 import pictures
 from experiment import Run, RunError, UserError, fixed_generator, fixed_normal
 
-LEVELS = ((48, 3), (32, 3), (48, 3), (48, 3))  # hidden channels of the conditioners, and couplings
+LEVELS = 4  # each with a grid of half as many numbers
+COUPLINGS = 3  # a level
+HIDDEN = 32  # channels of the conditioners
 SHRINK = 1e-5  # the a of eq:logit
 SPREAD = 4.0  # of the mixture's means before training
 LOG_SCALE_LIMIT = 7.0
@@ -133,12 +135,12 @@ def invert_mixture(z: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor) -> Tens
 
 
 class Residual(nn.Module):
-    """h + W2 SiLU(W1 SiLU(h)) with a 3 x 3 and a 1 x 1 convolution, (batch, hidden, height, width) to the same."""
+    """h + W2 SiLU(W1 SiLU(h)) with a 3 x 3 and a 1 x 1 convolution, (batch, HIDDEN, height, width) to the same."""
 
-    def __init__(self, hidden: int):
+    def __init__(self):
         super().__init__()
-        self.near = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.mix = nn.Conv2d(hidden, hidden, 1)
+        self.near = nn.Conv2d(HIDDEN, HIDDEN, 3, padding=1)
+        self.mix = nn.Conv2d(HIDDEN, HIDDEN, 1)
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.mix(F.silu(self.near(F.silu(h))))
@@ -150,14 +152,14 @@ class Coupling(nn.Module):
     components: K logistics in the mixture before the affine map; with 0 there is the affine map alone.
     """
 
-    def __init__(self, channels: int, hidden: int, components: int):
+    def __init__(self, channels: int, components: int):
         super().__init__()
         self.outputs = 2 + 3 * components  # for each number
-        last = nn.Conv2d(hidden, channels * self.outputs, 3, padding=1)
+        last = nn.Conv2d(HIDDEN, channels * self.outputs, 3, padding=1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        first = nn.Conv2d(channels, hidden, 3, padding=1)
-        self.conditioner = nn.Sequential(first, Residual(hidden), nn.SiLU(), last)
+        first = nn.Conv2d(channels, HIDDEN, 3, padding=1)
+        self.conditioner = nn.Sequential(first, Residual(), nn.SiLU(), last)
         self.gain = nn.Parameter(torch.ones(channels, 1, 1))
         spread = torch.linspace(-SPREAD, SPREAD, components)  # components alike would stay alike
         self.spread = nn.Parameter(spread.view(-1, 1, 1, 1).repeat(1, channels, 1, 1))
@@ -213,8 +215,7 @@ class Flow(nn.Module):
     def __init__(self, components: int):
         super().__init__()
         self.levels = nn.ModuleList(
-            nn.ModuleList(Coupling(2 - level % 2, hidden, components) for _ in range(couplings))
-            for level, (hidden, couplings) in enumerate(LEVELS)
+            nn.ModuleList(Coupling(2 - level % 2, components) for _ in range(COUPLINGS)) for level in range(LEVELS)
         )
         self.to(memory_format=torch.channels_last)  # on a CPU, convolutions are nearly twice as fast on it
 
@@ -430,9 +431,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = flags()
     args = parser.parse_args(argv)
     config = {
-        "dataset": args.dataset, "levels": [list(level) for level in LEVELS], "components": args.components,
-        "shrink": SHRINK, "epochs": args.epochs, "lr": args.lr, "betas": list(BETAS), "clip": CLIP,
-        "batch_size": args.batch_size, "warmup": WARMUP, "seed": args.seed, "importance_samples": IMPORTANCE_SAMPLES,
+        "dataset": args.dataset, "levels": LEVELS, "couplings": COUPLINGS, "hidden": HIDDEN,
+        "components": args.components, "shrink": SHRINK, "epochs": args.epochs, "lr": args.lr, "betas": list(BETAS),
+        "clip": CLIP, "batch_size": args.batch_size, "warmup": WARMUP, "seed": args.seed,
+        "importance_samples": IMPORTANCE_SAMPLES,
     }  # fmt: skip
     if args.batch_size > mnist.TRAIN:
         raise UserError(f"--batch-size {args.batch_size} is larger than the {mnist.TRAIN} training images")
