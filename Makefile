@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help vae gan nf trials judge seeds theory bench report test lint clean
+.PHONY: help vae gan nf affine trials judge seeds theory bench report test lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,11 @@ gan: $(VENV)/filled  ## train the GAN to the report's 200 epochs and draw everyt
 
 nf: $(VENV)/filled  ## train the flow to the report's 40 epochs and draw everything (figures/nf_*)
 	$(PY) code/nf.py
+	$(PY) report/collect.py
+
+affine: $(VENV)/filled  ## train the flow with affine maps alone, for as many minutes (figures/nf_affine.json)
+	$(PY) code/nf.py --components 0 --epochs 85 --out out/affine
+	cp out/affine/figures/nf.json figures/nf_affine.json
 	$(PY) report/collect.py
 
 trials: $(VENV)/filled  ## train the GAN for some epochs with other settings, judged on validation (figures/trials.json)

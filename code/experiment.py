@@ -182,6 +182,12 @@ def add_flags(parser: argparse.ArgumentParser, epochs: int, batch_size: int, lr:
     )
 
 
+def check_batch_size(batch_size: int, images: int) -> None:
+    """Raise UserError if a batch is larger than all the training images."""
+    if batch_size > images:
+        raise UserError(f"--batch-size {batch_size} is larger than the {images} training images")
+
+
 def device(name: str) -> torch.device:
     """The device that --device names. Raises UserError where this machine does not have it."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -611,7 +617,7 @@ class Run:
         write(self.out / "figures" / f"{self.name}.json", json_bytes(content))
 
     def conclude(self, model: nn.Module, evaluate: Callable[[], dict]) -> None:
-        """After the pictures: with --evaluate show the result; else, unless that has been done before, complete."""
+        """With --evaluate show the result; else complete the run, unless its JSON already tells of these weights."""
         if self.args.evaluate:
             self.show(evaluate())
         elif not self.is_complete(model):

@@ -319,8 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     if args.batch_size == 1:
         raise UserError("--batch-size 1: batch norm needs at least 2 images to a batch")
-    if args.batch_size > mnist.IMAGES:
-        raise UserError(f"--batch-size {args.batch_size} is larger than the {mnist.IMAGES} training images")
+    experiment.check_batch_size(args.batch_size, mnist.IMAGES)
     run = Run("gan", parser, args, config)
     torch.manual_seed(args.seed)
     model = GAN().to(run.device)

@@ -15,26 +15,27 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import experiment
 import judge
 import mnist
 import pictures
-from experiment import Run, RunError, UserError, fixed_generator, fixed_normal
+from experiment import Run, RunError, fixed_generator, fixed_normal
 
-LEVELS = 4  # each with a grid of half as many numbers
+LEVELS = 4  # each with half as many numbers as the one before
 COUPLINGS = 3  # a level
 HIDDEN = 32  # channels of the conditioners
 SHRINK = 1e-5  # the a of eq:logit
 SPREAD = 4.0  # of the mixture's means before training
-LOG_SCALE_LIMIT = 7.0
+LOG_SCALE_LIMIT = 7.0  # of a logistic, either way: no component becomes a spike or vanishes
 BETAS = (0.9, 0.99)  # Adam's
 CLIP = 100.0  # the gradient's norm
 WARMUP = 0.05  # of all steps
 EVALUATION_IMAGES = 10_000  # of the training images; validation and test have as many
 EVALUATION_BATCH = 250
 IMPORTANCE_SAMPLES = 8
-INVERSE_STEPS = 300  # at most; a bracket of any floats is halved to nothing in fewer
+INVERSE_STEPS = 300  # at most; far fewer are needed
 INTERPOLATIONS, POINTS = 8, 9  # rows, and images of a row, both ends included
 
 
@@ -74,7 +75,7 @@ class MixtureLogit(torch.autograd.Function):
 
     With u_k = (x - mu_k) / s_k, F = sum_k pi_k sigmoid(u_k), 1 - F = sum_k pi_k sigmoid(-u_k) and the density f =
     sum_k pi_k sigmoid(u_k) sigmoid(-u_k) / s_k, all three by their logarithms, z = log F - log(1 - F) and log dz/dx =
-    log f - log F - log(1 - F). The gradient is written out, in a third of the passes that autograd takes.
+    log f - log F - log(1 - F). The gradient is written out; bench.py measures what autograd would take instead.
     """
 
     @staticmethod
@@ -82,16 +83,18 @@ class MixtureLogit(torch.autograd.Function):
         """x: (batch, ...); logits of pi, mu, log s: (batch, K, ...). Returns z and log dz/dx, (batch, ...)."""
         inverse_s = torch.exp(-log_s)
         u = (x.unsqueeze(1) - mu).mul_(inverse_s)
-        softplus = F.softplus(u, threshold=40)  # log sigmoid(-u) = -softplus, log sigmoid(u) = u - softplus
+        softplus = F.softplus(u, threshold=40)  # -log sigmoid(-u); the default threshold of 20 costs 2e-9 in float64
+        log_sigmoid = u - softplus
         total, pi = log_sum_exp(logits)
         log_pi = logits - total.unsqueeze(1)
         log_above, above = log_sum_exp(log_pi - softplus)
-        log_below, below = log_sum_exp(log_pi + u - softplus)
-        log_density, density = log_sum_exp(log_pi + u - 2 * softplus - log_s)
+        log_below, below = log_sum_exp(log_pi + log_sigmoid)
+        log_density, density = log_sum_exp(log_pi + log_sigmoid - softplus - log_s)
         ctx.save_for_backward(u, inverse_s, pi, above, below, density)
         return log_below - log_above, log_density - log_below - log_above
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """With b_k, a_k, d_k the shares of component k in F, 1 - F and f, and g_z, g_l the gradients given,
         d/dlog pi_k = (g_z - g_l) b_k - (g_z + g_l) a_k + g_l d_k, and
@@ -154,6 +157,7 @@ class Coupling(nn.Module):
 
     def __init__(self, channels: int, components: int):
         super().__init__()
+        self.components = components
         self.outputs = 2 + 3 * components  # for each number
         last = nn.Conv2d(HIDDEN, channels * self.outputs, 3, padding=1)
         nn.init.zeros_(last.weight)
@@ -177,7 +181,7 @@ class Coupling(nn.Module):
         """The transformed half, and log |det| of the Jacobian, (batch,), eq:coupling."""
         log_scale, shift, mixture = self.maps(seen)
         ladj = log_scale
-        if self.spread.numel():
+        if self.components:
             x, log_slope = MixtureLogit.apply(x, *mixture)
             ladj = ladj + log_slope
         return x * torch.exp(log_scale) + shift, ladj.flatten(1).sum(1)
@@ -186,7 +190,7 @@ class Coupling(nn.Module):
         """The half that `forward` makes z of."""
         log_scale, shift, mixture = self.maps(seen)
         x = (z - shift) * torch.exp(-log_scale)
-        return invert_mixture(x, *mixture) if self.spread.numel() else x
+        return invert_mixture(x, *mixture) if self.components else x
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,14 +203,14 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[1] == 2:
         return x[:, :1], x[:, 1:]
     blocks = F.pixel_unshuffle(x, 2)  # channels: a block's pixels, row by row
-    return blocks[:, [0, 3]], blocks[:, [1, 2]]
+    return blocks[:, ::3], blocks[:, 1:3]
 
 
 def join(one: Tensor, other: Tensor) -> Tensor:
     """The inverse of `split`."""
     if one.shape[1] == 1:
         return torch.cat((one, other), 1)
-    return F.pixel_shuffle(torch.cat((one, other), 1)[:, [0, 2, 3, 1]], 2)
+    return F.pixel_shuffle(torch.cat((one[:, :1], other, one[:, 1:]), 1), 2)
 
 
 class Flow(nn.Module):
@@ -217,10 +221,10 @@ class Flow(nn.Module):
         self.levels = nn.ModuleList(
             nn.ModuleList(Coupling(2 - level % 2, components) for _ in range(COUPLINGS)) for level in range(LEVELS)
         )
-        self.to(memory_format=torch.channels_last)  # on a CPU, convolutions are nearly twice as fast on it
+        self.to(memory_format=torch.channels_last)  # on a CPU, convolutions are faster on it
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Square images (batch, side, side), side a multiple of 4, to z (batch, side^2) and log |det|, (batch,)."""
+        """Images (batch, side, side), side a multiple of 2^(LEVELS/2), to z (batch, side^2) and log |det|, (batch,)."""
         y, log_slope = to_logits(v)
         ladj = log_slope.flatten(1).sum(1)
         rest, done = y.unsqueeze(1), []
@@ -235,12 +239,11 @@ class Flow(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         """z (batch, side^2) to the images (batch, side, side) that `forward` makes it of."""
-        side = math.isqrt(z.shape[1])
-        halvings = range(1, len(self.levels) + 1)
-        *done, rest = z.split([*(z.shape[1] >> n for n in halvings), z.shape[1] >> len(self.levels)], dim=1)
-        for n, level, seen in reversed(list(zip(halvings, self.levels, done))):
-            shape = len(z), 2 - (n - 1) % 2, *[side >> (n + 1) // 2] * 2
-            seen, other = seen.view(shape), rest.view(shape)
+        side = math.isqrt(z.shape[1]) >> (LEVELS + 1) // 2
+        rest = z[:, -(z.shape[1] >> LEVELS) :].reshape(len(z), -1, side, side)
+        for level in reversed(self.levels):
+            n = rest[0].numel()
+            seen, other = z[:, -2 * n : -n].reshape(rest.shape), rest
             for coupling in reversed(level):
                 seen, other = other, coupling.inverse(other, seen)
             rest = join(seen, other)
@@ -251,7 +254,10 @@ class Flow(nn.Module):
 
 
 def log_prob(model: Flow, v: Tensor) -> Tensor:
-    """log p(v) of images (batch, side, side) with values in [0, 256], a density there: (batch,), in nats."""
+    """log p(v) of images (batch, side, side) with values in [0, 256], eq:flow: (batch,), in nats.
+
+    Over [0, 256]^D the density integrates to 1 but for what it has outside, which eq:logit's shrinking lets it have.
+    """
     z, ladj = model(v)
     return ladj - 0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
 
@@ -278,9 +284,10 @@ def make_optimizer(model: Flow, lr: float) -> torch.optim.Optimizer:
 def training_step(
     model: Flow, optimizer: torch.optim.Optimizer, images: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One step of Adam down the mean bits per dimension of images[index], the gradient's norm clipped at CLIP.
+    """One step of Adam down the mean bits per dimension of images[index], (batch,) of images (n, 28, 28) uint8.
 
-    Returns those bits and the norm before clipping, (), detached. Nothing here waits for the device.
+    Returns those bits and the gradient's norm before it is clipped at CLIP, (), detached. Nothing here waits for the
+    device.
     """
     loss = bits_per_dim(log_prob(model, draw_batch(images, index))).mean()
     optimizer.zero_grad()
@@ -293,64 +300,67 @@ def training_step(
 def train(run: Run, model: Flow, data: mnist.Data) -> None:
     """Minimise bits per dimension for the run's epochs, recording them on fixed noise after each.
 
-    As much is learned in the first epoch, it gets a look in between: after a quarter, `early_val_bpd`.
+    Most is learned in epoch 1, so validation is also measured a quarter into it: `early_val_bpd`, after `early_seconds`
+    of the run. `gradient_norm` is the greatest of an epoch's steps, before clipping.
     """
     args = run.args
     optimizer = make_optimizer(model, args.lr)
     run.start(model=model, optimizer=optimizer)
     images = data.train_images
+    evaluated = {
+        "train_bpd": evaluation_set(images[:EVALUATION_IMAGES], "training"),
+        "val_bpd": evaluation_set(data.validation_images, "validation"),
+    }
     steps = len(images) // args.batch_size  # an epoch's
     losses, norms = torch.zeros(2, steps, device=run.device)
     for epoch in run.epochs():
-        early = {}
+        figures = {}
         if epoch > 0:
             for step, index in run.steps(mnist.batches(len(images), args.batch_size, run.device), steps):
                 experiment.set_lr(optimizer, args.lr * experiment.warmup_cosine(step, args.epochs * steps, WARMUP))
                 losses[step % steps], norms[step % steps] = training_step(model, optimizer, images, index)
-                if step == steps // 4:
-                    early = {"early_val_bpd": mean_bpd(model, data.validation_images, "validation")}
-                    early["early_seconds"] = run.elapsed
+                if step == steps // 4:  # only in epoch 1, as steps are counted over the whole run
+                    figures = {"early_val_bpd": mean_bpd(model, evaluated["val_bpd"]), "early_seconds": run.elapsed}
             run.check_finite(gradient_norm=norms, loss=losses)
+            figures["gradient_norm"] = float(norms.max())
         if epoch in run.panels(0, 0.25, 0.5, 0.75, 1):
             run.frames.setdefault("samples", {})[epoch] = decoded(model, panel_latents(run)).cpu()
-        run.record(
-            train_bpd=mean_bpd(model, images[:EVALUATION_IMAGES], "training"),
-            val_bpd=mean_bpd(model, data.validation_images, "validation"),
-            **early,
-        )
+        run.record(**{name: mean_bpd(model, v) for name, v in evaluated.items()}, **figures)
 
 
 # Evaluation
 
 
+def evaluation_set(images: Tensor, label: str) -> Tensor:
+    """Images (n, 28, 28) uint8 plus noise that is a function of `label` and the image's index: (n, 28, 28)."""
+    return dequantised(images, torch.rand(images.shape, generator=fixed_generator(f"noise, {label}")).to(images.device))
+
+
 @torch.inference_mode()
-def per_image_log_prob(model: Flow, images: Tensor, label: str, batch: int = EVALUATION_BATCH) -> Tensor:
-    """log p(v) of any number of images (n, 28, 28) uint8, dequantised by noise that is a function of `label` and the
-    image's index: (n,) in nats, float64, on the CPU."""
-    noise = torch.rand(images.shape, generator=fixed_generator(f"dequantisation, {label}")).to(images.device)
-    parts = zip(images.split(batch), noise.split(batch))
-    return torch.cat([log_prob(model, dequantised(*part)).cpu().double() for part in parts])
+def per_image_log_prob(model: Flow, v: Tensor, batch: int = EVALUATION_BATCH) -> Tensor:
+    """`log_prob` of any number of images, in batches: (n,) in float64, on the CPU."""
+    return torch.cat([log_prob(model, part) for part in v.split(batch)]).cpu().double()
 
 
-def mean_bpd(model: Flow, images: Tensor, label: str) -> float:
-    """Bits per dimension of images (n, 28, 28) uint8, one draw of the noise each, over all their pixels."""
-    return float(bits_per_dim(per_image_log_prob(model, images, label)).mean())
+def mean_bpd(model: Flow, v: Tensor) -> float:
+    """Bits per dimension of images (n, 28, 28) with values in [0, 256], over all their pixels."""
+    return float(bits_per_dim(per_image_log_prob(model, v)).mean())
 
 
 def importance_weighted_bpd(model: Flow, images: Tensor, label: str, draws: int) -> Tensor:
-    """Bits per dimension from log mean_k p(x + u_k) over `draws` draws of the noise: (n,) in float64, on the CPU.
+    """Bits per dimension from log mean_k p(x + u_k), eq:dequantisation, over `draws` draws of the noise.
 
-    eq:dequantisation with K draws; it falls with them to the bits of the discrete P(x).
+    Images (n, 28, 28) uint8 to (n,) in float64, on the CPU. It falls with the draws to the bits of the discrete P(x).
     """
     bar = experiment.progress(range(draws), "importance samples")
-    log_p = torch.stack([per_image_log_prob(model, images, f"{label}, importance sample {k}") for k in bar])
-    return bits_per_dim(torch.logsumexp(log_p, dim=0) - math.log(draws))
+    log_p = [per_image_log_prob(model, evaluation_set(images, f"{label}, importance sample {k}")) for k in bar]
+    return bits_per_dim(torch.logsumexp(torch.stack(log_p), dim=0) - math.log(draws))
 
 
 def evaluate(run: Run, model: Flow, data: mnist.Data, judged_by: judge.Judge | None) -> dict:
     """The `result` of a trained model, on the test set; with a judge, also its verdict on samples."""
     result = {
-        "test_bpd": mean_bpd(model, data.test_images, "test"),
+        "test_bpd": mean_bpd(model, evaluation_set(data.test_images, "test")),
         "test_bpd_iw": float(importance_weighted_bpd(model, data.test_images, "test", IMPORTANCE_SAMPLES).mean()),
         "importance_samples": IMPORTANCE_SAMPLES,
         "seconds_per_1000_samples": experiment.seconds_per_1000(lambda n: sample(model, n), run.device),
@@ -364,20 +374,26 @@ def evaluate(run: Run, model: Flow, data: mnist.Data, judged_by: judge.Judge | N
 def sample(model: Flow, n: int) -> Tensor:
     """Images of n latents of the prior: (n, 28, 28) uint8, of the same latents in every call."""
     z = fixed_normal("samples", n, mnist.PIXELS).to(next(model.parameters()).device)
-    return torch.cat([decoded(model, part) for part in z.split(EVALUATION_BATCH)])
+    parts = experiment.progress(z.split(EVALUATION_BATCH), "samples")
+    return torch.cat([decoded(model, part) for part in parts])
 
 
 @torch.inference_mode()
 def decoded(model: Flow, z: Tensor) -> Tensor:
-    """Latents (n, 784) to images (n, 28, 28) uint8: the inverse of the flow, rounded down to a grey level."""
-    return model.inverse(z).floor().clamp(0, 255).byte()
+    """Latents (n, 784) to images (n, 28, 28) uint8: the inverse of the flow, rounded down to a grey level.
+
+    Raises RunError where the inverse is not finite.
+    """
+    v = model.inverse(z)
+    if not v.isfinite().all():
+        raise RunError("the inverse of the flow is not finite")
+    return v.floor().clamp(0, 255).byte()
 
 
 @torch.inference_mode()
-def encoded(model: Flow, images: Tensor, label: str) -> Tensor:
-    """z (n, 784) of images (n, 28, 28) uint8, dequantised by noise that is a function of `label` and the index."""
-    noise = torch.rand(images.shape, generator=fixed_generator(f"dequantisation, {label}")).to(images.device)
-    return model(dequantised(images, noise))[0]
+def encoded(model: Flow, v: Tensor) -> Tensor:
+    """Images (n, 28, 28) with values in [0, 256] to their latents, (n, 784)."""
+    return model(v)[0]
 
 
 # Pictures
@@ -399,16 +415,18 @@ def draw_training(run: Run) -> None:
 
 def draw_final(run: Run, model: Flow, data: mnist.Data) -> None:
     """The pictures of the trained model, from its weights and the data alone."""
-    pictures.save_grid(run.figure(f"samples_{run.stamp(run.args.epochs)}"), decoded(model, panel_latents(run)), 4)
-    start, end = (encoded(model, images, label) for images, label in zip(different_pairs(data), ("start", "end")))
-    path = experiment.spherical_path(start, end, POINTS).flatten(0, 1)
+    pictures.save_grid(
+        run.figure(f"samples_{run.stamp(run.args.epochs)}"), decoded(model, panel_latents(run)), columns=4
+    )
+    ends = (encoded(model, evaluation_set(images, "interpolation")) for images in different_pairs(data))
+    path = experiment.spherical_path(*ends, POINTS).flatten(0, 1)
     pictures.save_grid(run.figure("interpolation"), decoded(model, path), columns=POINTS)
 
 
 def different_pairs(data: mnist.Data) -> tuple[Tensor, Tensor]:
     """The first pairs of neighbouring test images of different classes: (INTERPOLATIONS, 28, 28) uint8 twice."""
-    index = torch.arange(0, len(data.test_images), 2)[: 10 * INTERPOLATIONS]
-    index = index[data.test_labels[index].cpu() != data.test_labels[index + 1].cpu()][:INTERPOLATIONS]
+    differ = data.test_labels[0::2] != data.test_labels[1::2]
+    index = 2 * differ.nonzero().squeeze(1)[:INTERPOLATIONS]
     return data.test_images[index], data.test_images[index + 1]
 
 
@@ -418,7 +436,7 @@ def different_pairs(data: mnist.Data) -> tuple[Tensor, Tensor]:
 def flags() -> experiment.Parser:
     """The script's flags, with the report's settings as defaults."""
     parser = experiment.Parser(description=__doc__.partition("\n")[0])
-    experiment.add_flags(parser, epochs=40, batch_size=64, lr=2e-3)
+    experiment.add_flags(parser, epochs=40, batch_size=48, lr=3e-3)
     parser.add_argument(
         "--components", type=experiment.whole, default=4, metavar="K", help="logistics in each map; 0: affine alone"
     )
@@ -432,17 +450,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config = {
         "dataset": args.dataset, "levels": LEVELS, "couplings": COUPLINGS, "hidden": HIDDEN,
-        "components": args.components, "shrink": SHRINK, "epochs": args.epochs, "lr": args.lr, "betas": list(BETAS),
-        "clip": CLIP, "batch_size": args.batch_size, "warmup": WARMUP, "seed": args.seed,
-        "importance_samples": IMPORTANCE_SAMPLES,
+        "components": args.components, "shrink": SHRINK, "spread": SPREAD, "log_scale_limit": LOG_SCALE_LIMIT,
+        "epochs": args.epochs, "lr": args.lr, "betas": list(BETAS), "clip": CLIP, "batch_size": args.batch_size,
+        "warmup": WARMUP, "seed": args.seed, "importance_samples": IMPORTANCE_SAMPLES,
     }  # fmt: skip
-    if args.batch_size > mnist.TRAIN:
-        raise UserError(f"--batch-size {args.batch_size} is larger than the {mnist.TRAIN} training images")
+    experiment.check_batch_size(args.batch_size, mnist.TRAIN)
     run = Run("nf", parser, args, config)
     torch.manual_seed(args.seed)
     model = Flow(args.components).to(run.device)
     if args.evaluate or args.sample:
-        run.load_weights(model)
+        run.load_weights(model, but_for=("importance_samples",))
     if args.sample:
         run.save_samples(sample(model, args.sample))
         return

@@ -87,7 +87,7 @@ def save_training_curves(
     """Write the history's two figures of merit `keys` (training, validation) per epoch.
 
     The axis spans the values from epoch 1 on, as the untrained one would flatten the curves; that is told in words.
-    A run of which only epoch 0 is there shows that.
+    A run of which only epoch 0 is there shows that. legend: its corner, the one that the curves leave free.
     """
     whole, (axes,) = figure(5.2, 3.2)
     epochs = [row["epoch"] for row in history]

@@ -20,7 +20,7 @@ import experiment
 import judge
 import mnist
 import pictures
-from experiment import Run, UserError, fixed_generator, fixed_normal
+from experiment import Run, fixed_generator, fixed_normal
 
 HIDDEN = 416  # units of every hidden layer
 WARMUP = 0.05  # of all steps
@@ -356,8 +356,7 @@ def main(argv: list[str] | None = None) -> None:
         "batch_size": args.batch_size, "warmup": WARMUP, "seed": args.seed,
         "importance_samples": args.importance_samples,
     }  # fmt: skip
-    if args.batch_size > mnist.TRAIN:
-        raise UserError(f"--batch-size {args.batch_size} is larger than the {mnist.TRAIN} training images")
+    experiment.check_batch_size(args.batch_size, mnist.TRAIN)
     run = Run(f"vae_z{args.z_dim}", parser, args, config, report={"z_dim": (20, 2)})
     torch.manual_seed(args.seed)
     model = VAE(args.z_dim).to(run.device)

@@ -41,13 +41,13 @@ def checkout(tmp_path):
     for folder in ("figures", "code", "docs"):
         (tmp_path / folder).mkdir()
     marked = {
-        "README.md": ("results", "judged", "healthy", "game", "chosen"),
+        "README.md": ("results", "bits", "judged", "healthy", "game", "chosen", "flow"),
         "docs/speed.md": ("ceiling", "ladder", "tried"),
     }
     for path, markers in marked.items():
         text = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in markers)
         (tmp_path / path).write_text(f"a\n{text}b\n")
-    for script in ("vae", "gan"):
+    for script in ("vae", "gan", "nf"):
         (tmp_path / "code" / f"{script}.py").write_text(f'"""\n    python code/{script}.py    # old\n"""\n')
     bounds = (-543.21, -105.0, -100.126, *[-99.0] * 38)
     history = [{"epoch": e, "val_elbo": bound, "seconds": 3.0} for e, bound in enumerate(bounds)]
@@ -61,6 +61,13 @@ def checkout(tmp_path):
     costs = {"train_seconds": 2000.4, "seconds_per_1000_samples": 0.0204}
     gan = {"environment": ENVIRONMENT, "history": game, "result": {**verdict, **costs, "unaveraged": verdict}}
     write_json(tmp_path, "gan", gan)
+    bits = [{"epoch": e, "train_bpd": 2 - e / 10, "val_bpd": 2.1 - e / 10, "seconds": 7.0} for e in range(5)]
+    for row in bits[1:]:
+        row["gradient_norm"] = 100.0 / row["epoch"]
+    bits[1] |= {"early_val_bpd": 1.84, "early_seconds": 9.0}
+    flow = {"test_bpd": 1.0456, "test_bpd_iw": 1.0321, "importance_samples": 8, "parameters": 1234, **verdict, **costs}
+    for run in ("nf", "nf_affine"):
+        write_json(tmp_path, run, {"environment": ENVIRONMENT, "history": bits, "result": flow})
     trial = {"changed": "nothing", "d_real": 0.55, "d_fake": 0.45, "unaveraged": verdict, **verdict}
     write_json(tmp_path, "trials", {"gan": {"as_it_is": trial}})
     floor = {"fid": 1.5, "precision": 0.9, "recall": 0.8, "class_counts": [10, 10]}
@@ -81,6 +88,7 @@ def test_numbers_follow_the_json(checkout):
     files = {path.name: text for path, text in collect.collect(checkout).items()}
     assert "    python code/vae.py    # z of 20: test ELBO -1.00 nats" in files["vae.py"]
     assert "    python code/gan.py    # Frechet distance 20.1, precision 0.750, recall 0.625; 2000 s" in files["gan.py"]
+    assert "test 1.046 bits per dimension, 1.032 with 8 draws of the noise; 2000 s" in files["nf.py"]
     for expected in (
         r"num:vae_z20.history.last.val_elbo\endcsname{\ensuremath{-}99.00}",
         r"num:vae_z20.history.1.val_elbo\endcsname{\ensuremath{-}105.00}",
@@ -103,6 +111,10 @@ def test_numbers_follow_the_json(checkout):
         "| the last 50 | 1.200 to 1.249 | 0.700 to 0.700 | 0.600 to 0.600 | 0.400 to 0.400 |",
         "| nothing | 20 | 0.75 | 0.62 | 20 | 0.55 | 0.45 |",
         "| 10 | -99.0 |",
+        "| `nf` | 1.700 | 1.046 | 1.032 | 4 | 33 minutes | 1,234 |",
+        "bar of 1.85 after 9 s, and below the original's end, 1.82 after 40 epochs, after 28 s.",
+        "| `nf` | 20.1 | 0.750 | 0.625 | 40.0% and 60.0% | 2000 s | 0.020 s |",
+        "| 1/4 | - | 1.840 | - |\n| 1 | 1.900 | 2.000 | 100.0 |\n| 2 to 4 |  |  | at most 50.0 |",
         "C, 2 threads, torch T",
     ):
         assert expected in files["README.md"]

@@ -117,6 +117,10 @@ def test_a_short_run_learns(reference):
         grey = [float(images.float().mean()) for images in checkpoint["frames"]["samples"].values()]
         assert grey[0] > 120 and grey[-1] < 60  # the training images' mean is 33
         assert sum(content["result"]["class_counts"]) == 1000
+    if script == "nf":
+        assert first["val_bpd"] > 4 and last["val_bpd"] < 2.5
+        assert content["result"]["test_bpd_iw"] < content["result"]["test_bpd"] < 2.5
+        assert sum(content["result"]["class_counts"]) == 100
 
 
 @pytest.mark.parametrize(
