@@ -1,10 +1,10 @@
 """Normalizing flow of MNIST: checkerboard couplings (Dinh et al. 2017) of logistic mixtures (Ho et al. 2019).
 
-Pixels, dequantised by uniform noise, go through the logit and a chain of couplings to a standard normal z = f(x). Each
+Pixels, dequantised by uniform noise, go through the logit and a chain of couplings to a standard normal z = f(v). Each
 coupling sees one colour of a checkerboard and transforms the other, by an increasing map whose derivative is known; at
 every level one colour is then done, and the other is a grid to colour anew.
 
-    log p(x) = log N(f(x); 0, I) + log |det df/dx|,    bits per dimension = -log p(x) / (784 log 2)    eq:flow, eq:bpd
+    log p(v) = log N(f(v); 0, I) + log |det df/dv|,    bits per dimension = -log p(v) / (784 log 2)    eq:flow, eq:bpd
 
     python code/nf.py    # not measured yet
 """
@@ -63,7 +63,7 @@ def from_logits(y: Tensor) -> Tensor:
 
 
 def log_sum_exp(terms: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum_k exp(terms_k) over dimension 1, and the softmax, whose terms are its gradient."""
+    """log sum_j exp(terms_j) over dimension 1, and the softmax, whose terms are its gradient."""
     top = terms.amax(1, keepdim=True)
     shares = torch.exp(terms - top)
     total = shares.sum(1, keepdim=True)
@@ -73,14 +73,14 @@ def log_sum_exp(terms: Tensor) -> tuple[Tensor, Tensor]:
 class MixtureLogit(torch.autograd.Function):
     """z = logit F(x) with the CDF F of a mixture of logistics, and log dz/dx, eq:mixture.
 
-    With u_k = (x - mu_k) / s_k, F = sum_k pi_k sigmoid(u_k), 1 - F = sum_k pi_k sigmoid(-u_k) and the density f =
-    sum_k pi_k sigmoid(u_k) sigmoid(-u_k) / s_k, all three by their logarithms, z = log F - log(1 - F) and log dz/dx =
+    With u_j = (x - mu_j) / s_j, F = sum_j pi_j sigmoid(u_j), 1 - F = sum_j pi_j sigmoid(-u_j) and the density f =
+    sum_j pi_j sigmoid(u_j) sigmoid(-u_j) / s_j, all three by their logarithms, z = log F - log(1 - F) and log dz/dx =
     log f - log F - log(1 - F). The gradient is written out; bench.py measures what autograd would take instead.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (batch, ...); logits of pi, mu, log s: (batch, K, ...). Returns z and log dz/dx, (batch, ...)."""
+        """x: (batch, ...); logits of pi, mu, log s: (batch, J, ...). Returns z and log dz/dx, (batch, ...)."""
         inverse_s = torch.exp(-log_s)
         u = (x.unsqueeze(1) - mu).mul_(inverse_s)
         softplus = F.softplus(u, threshold=40)  # -log sigmoid(-u); the default threshold of 20 costs 2e-9 in float64
@@ -96,9 +96,9 @@ class MixtureLogit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """With b_k, a_k, d_k the shares of component k in F, 1 - F and f, and g_z, g_l the gradients given,
-        d/dlog pi_k = (g_z - g_l) b_k - (g_z + g_l) a_k + g_l d_k, and
-        d/du_k = (g_z - g_l) b_k (1 - sigmoid(u_k)) + (g_z + g_l) a_k sigmoid(u_k) + g_l d_k (1 - 2 sigmoid(u_k)).
+        """With b_j, a_j, d_j the shares of component j in F, 1 - F and f, and g_z, g_l the gradients given,
+        d/dlog pi_j = (g_z - g_l) b_j - (g_z + g_l) a_j + g_l d_j, and
+        d/du_j = (g_z - g_l) b_j (1 - sigmoid(u_j)) + (g_z + g_l) a_j sigmoid(u_j) + g_l d_j (1 - 2 sigmoid(u_j)).
         """
         u, inverse_s, pi, above, below, density = ctx.saved_tensors
         grad_log = grad_log.unsqueeze(1)
@@ -114,7 +114,7 @@ class MixtureLogit(torch.autograd.Function):
 def invert_mixture(z: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor) -> Tensor:
     """x with logit F(x) = z: z (batch, ...) to (batch, ...), the mixture as in MixtureLogit.
 
-    logit F lies between the least and the greatest u_k, hence x between the least and the greatest of mu_k + s_k z.
+    logit F lies between the least and the greatest u_j, hence x between the least and the greatest of mu_j + s_j z.
     Newton's steps within that bracket, which every point narrows; its middle instead where a step would leave it, or is
     more than half as long as the one before. Raises RunError if a number has not converged to the last digits.
     """
@@ -152,7 +152,7 @@ class Residual(nn.Module):
 class Coupling(nn.Module):
     """Transforms one half of the numbers by what it sees of the other, (batch, channels, height, width) each.
 
-    components: K logistics in the mixture before the affine map; with 0 there is the affine map alone.
+    components: J logistics in the mixture before the affine map; with 0 there is the affine map alone.
     """
 
     def __init__(self, channels: int, components: int):
@@ -170,7 +170,7 @@ class Coupling(nn.Module):
 
     def maps(self, seen: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """What the seen half says: log-scale and shift of the affine map, (batch, channels, height, width) each, and
-        logits, means, log-scales of the mixture, (batch, K, channels, height, width) each."""
+        logits, means, log-scales of the mixture, (batch, J, channels, height, width) each."""
         seen = seen.contiguous(memory_format=torch.channels_last)
         out = self.conditioner(seen).contiguous().unflatten(1, (self.outputs, -1))
         logits, mu, log_s = out[:, 2:].chunk(3, dim=1)
@@ -256,14 +256,14 @@ class Flow(nn.Module):
 def log_prob(model: Flow, v: Tensor) -> Tensor:
     """log p(v) of images (batch, side, side) with values in [0, 256], eq:flow: (batch,), in nats.
 
-    Over [0, 256]^D the density integrates to 1 but for what it has outside, which eq:logit's shrinking lets it have.
+    Over [0, 256]^d the density integrates to 1 but for what it has outside, which eq:logit's shrinking lets it have.
     """
     z, ladj = model(v)
     return ladj - 0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
 
 
 def bits_per_dim(log_px: Tensor, dimensions: int = mnist.PIXELS) -> Tensor:
-    """-log p / (D log 2), eq:bpd, of any shape: a uniform density on [0, 256)^D gives 8."""
+    """-log p / (d log 2), eq:bpd, of any shape: a uniform density on [0, 256)^d gives 8."""
     return -log_px / (dimensions * math.log(2))
 
 
@@ -438,7 +438,7 @@ def flags() -> experiment.Parser:
     parser = experiment.Parser(description=__doc__.partition("\n")[0])
     experiment.add_flags(parser, epochs=40, batch_size=48, lr=3e-3)
     parser.add_argument(
-        "--components", type=experiment.whole, default=4, metavar="K", help="logistics in each map; 0: affine alone"
+        "--components", type=experiment.whole, default=4, metavar="J", help="logistics in each map; 0: affine alone"
     )
     return parser
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import gan
 import mnist
+import nf
 import vae
 
 BLANK = mnist.Data(torch.zeros(60_000, 28, 28, dtype=torch.uint8), None, None, None)
@@ -31,6 +32,17 @@ def test_flops_are_those_of_the_layers():
     first = sum(g) + 2 * (3 * sum(d) - d[0])  # a generated image; D on it and on a real one
     second = 3 * sum(g) - g[0] + 2 * sum(d)  # G's gradients, and through D none of its weights'
     assert bench.products(case, torch.device("cpu"))[1] == 2 * (first + second)
+
+
+def test_flops_of_convolutions_are_those_of_the_layers():
+    """As above; a convolution has as many products as weights at every place. The first sees data, not activations."""
+    case = bench.nf_case(BLANK)
+    expected = 0
+    for side, level in zip((14, 14, 7, 7), case.model.levels):
+        weights = [layer.weight.numel() for layer in level.modules() if isinstance(layer, torch.nn.Conv2d)]
+        expected += 3 * side * side * sum(weights)
+    expected -= 14 * 14 * case.model.levels[0][0].conditioner[0].weight.numel()
+    assert bench.products(case, torch.device("cpu"))[1] == 2 * expected
 
 
 def test_products_are_repeated_as_they_were():
@@ -97,6 +109,42 @@ def test_the_gans_textbook_loop_takes_the_same_step(monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
+def test_the_flows_textbook_loop_takes_the_same_step(monkeypatch):
+    """With the same weights and noise it leaves the weights where the script's step does."""
+    pixels = torch.randint(256, (16, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    models = []
+    build = nf.Flow
+
+    def remember(components):
+        torch.manual_seed(0)
+        models.append(build(components))
+        return models[-1]
+
+    monkeypatch.setattr(nf, "Flow", remember)
+    case = bench.nf_case(mnist.Data(pixels, None, None, None))
+    step = case.textbook(fused=False, item=True)
+    ours, textbook = models[0], models[-1]
+    before = [parameter.detach().clone() for parameter in ours.parameters()]
+    torch.manual_seed(1)
+    case.step(torch.arange(16))
+    torch.manual_seed(1)
+    step(pixels.unsqueeze(1) / 255)
+    assert not all(torch.equal(a, b) for a, b in zip(ours.parameters(), before))
+    for a, b in zip(ours.parameters(), textbook.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_the_mixture_by_autograd_is_the_flows():
+    """Its values and its gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, 2, 3, 3), *3 * [(5, 4, 2, 3, 3)])
+    arguments = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    both = [mixture(*arguments) for mixture in (nf.MixtureLogit.apply, bench.mixture_by_autograd)]
+    gradients = [torch.autograd.grad((z.sin() + log_slope.square()).sum(), arguments) for z, log_slope in both]
+    for ours, theirs in zip((*both[0], *gradients[0]), (*both[1], *gradients[1])):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 def test_in_turns_takes_medians_after_warming_up(monkeypatch):
     taken = iter([100, 100, 1, 5, 2, 6, 9, 7])
     monkeypatch.setattr(bench, "seconds", lambda function, device: next(taken))
@@ -105,12 +153,14 @@ def test_in_turns_takes_medians_after_warming_up(monkeypatch):
 
 def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "STEPS", 2)
+    monkeypatch.setattr(nf, "EVALUATION_IMAGES", 100)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     assert bench.main(["--rounds", "1", "--data-dir", str(data_dir), "--out", str(tmp_path), "--device", "cpu"]) == 0
     content = json.loads((tmp_path / "figures" / "bench.json").read_text())
     rows = content["models"]
     assert rows["vae_z20"]["parameters"] == sum(p.numel() for p in vae.VAE(20).parameters())
     assert rows["gan"]["parameters"] == 2_041_745  # not counting the average
+    assert rows["nf"]["parameters"] == sum(p.numel() for p in nf.Flow(4).parameters())
     assert "vae_z20" in capsys.readouterr().out
 
 
