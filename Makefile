@@ -29,7 +29,7 @@ nf: $(VENV)/filled  ## train the flow to the report's 40 epochs and draw everyth
 	$(PY) report/collect.py
 
 affine: $(VENV)/filled  ## train the flow with affine maps alone, for as many minutes (figures/nf_affine.json)
-	$(PY) code/nf.py --components 0 --epochs 85 --out out/affine
+	$(PY) code/nf.py --components 0 --epochs 57 --out out/affine
 	cp out/affine/figures/nf.json figures/nf_affine.json
 	$(PY) report/collect.py
 
