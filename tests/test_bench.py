@@ -53,18 +53,23 @@ def test_products_are_repeated_as_they_were():
     assert counter.get_total_flops() == case.steps * case.batch * flops
 
 
+def alike(monkeypatch, module, name: str) -> list[torch.nn.Module]:
+    """From now on all models of a module's class start from the same weights; the list of them, as they are built."""
+    models, build = [], getattr(module, name)
+
+    def remember(*args):
+        torch.manual_seed(0)
+        models.append(build(*args))
+        return models[-1]
+
+    monkeypatch.setattr(module, name, remember)
+    return models
+
+
 def test_the_textbook_loop_trains_the_same_objective(monkeypatch):
     """With the same weights and noise, the textbook's step leaves the weights where default Adam on our ELBO does."""
     batch = torch.ones(320, 1, 28, 28)  # certain pixels: both draw the same
-    models = []
-    build = vae.VAE
-
-    def remember(z_dim):
-        torch.manual_seed(0)
-        models.append(build(z_dim))
-        return models[-1]
-
-    monkeypatch.setattr(vae, "VAE", remember)
+    models = alike(monkeypatch, vae, "VAE")
     case = bench.vae_case(20, BLANK)
     step = case.textbook(fused=False, item=True)
     ours, textbook = models[0], models[-1]
@@ -89,15 +94,7 @@ def test_the_gans_textbook_loop_takes_the_same_step(monkeypatch):
     """With the same weights and noise, and no dropout, it leaves the weights where the script's step does."""
     monkeypatch.setattr(gan, "DROPOUT", 0.0)
     pixels = torch.randint(256, (128, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    models = []
-    build = gan.GAN
-
-    def remember():
-        torch.manual_seed(0)
-        models.append(build())
-        return models[-1]
-
-    monkeypatch.setattr(gan, "GAN", remember)
+    models = alike(monkeypatch, gan, "GAN")
     case = bench.gan_case(mnist.Data(pixels, None, None, None))
     step = case.textbook(fused=False, item=True)
     ours, textbook = models[0], models[-1]
@@ -112,15 +109,7 @@ def test_the_gans_textbook_loop_takes_the_same_step(monkeypatch):
 def test_the_flows_textbook_loop_takes_the_same_step(monkeypatch):
     """With the same weights and noise it leaves the weights where the script's step does."""
     pixels = torch.randint(256, (16, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    models = []
-    build = nf.Flow
-
-    def remember(components):
-        torch.manual_seed(0)
-        models.append(build(components))
-        return models[-1]
-
-    monkeypatch.setattr(nf, "Flow", remember)
+    models = alike(monkeypatch, nf, "Flow")
     case = bench.nf_case(mnist.Data(pixels, None, None, None))
     step = case.textbook(fused=False, item=True)
     ours, textbook = models[0], models[-1]
