@@ -176,7 +176,7 @@ def add_flags(parser: argparse.ArgumentParser, epochs: int, batch_size: int, lr:
     )  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on from the checkpoint; of a finished run, redraw")
-    mode.add_argument("--evaluate", action="store_true", help="no training: the result and pictures of the weights")
+    mode.add_argument("--evaluate", action="store_true", help="no training: the result of the weights, the pictures")
     mode.add_argument(
         "--sample", type=positive_int, metavar="N", help="no training: write N samples to an .npz beside the figures"
     )
@@ -622,6 +622,25 @@ class Run:
             self.show(evaluate())
         elif not self.is_complete(model):
             self.complete(model, evaluate())
+
+    def recall(self) -> None:
+        """For pictures without training: the history from the run's JSON, and the frames from its checkpoint.
+
+        Says what cannot be drawn where one of them is missing, damaged or of another run.
+        """
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads((self.out / "figures" / f"{self.name}.json").read_bytes())
+            if content["config"] == self.config:
+                self.history = content["history"]
+        for path in self._files("checkpoints")[:1]:
+            with contextlib.suppress(UserError):
+                checkpoint = load_archive(path, "the checkpoint")
+                if (checkpoint.get("config"), checkpoint.get("history")) == (self.config, self.history):
+                    self.frames = checkpoint.get("frames", {})
+        if not self.history:
+            print(f"{self.name}: no JSON of this run, so its curves are not drawn", file=sys.stderr)
+        if not self.frames:
+            print(f"{self.name}: no checkpoint of this run, so its earlier panels are not drawn", file=sys.stderr)
 
     def show(self, result: dict) -> None:
         """Print a recomputed result as strict JSON. The run's own JSON, a record of its training, stays as it is."""

@@ -238,19 +238,19 @@ def panel_noise(run: Run) -> Tensor:
 
 def draw_training(run: Run) -> None:
     """The pictures of the course of the training, from the history and the frames alone."""
-    frames = run.frames["samples"]
-    for epoch in run.panels(0, 0.01, 0.04, 0.5, 1):
-        pictures.save_grid(run.figure(f"samples_{run.stamp(epoch)}"), frames[epoch], columns=SIDE)
-    pictures.save_gif(
-        run.figure("samples"), [pictures.tile(images, SIDE) for images in frames.values()], milliseconds=80
-    )
     draw_losses(run)
+    frames = run.frames.get("samples", {})
+    if frames:
+        for epoch in run.panels(0, 0.01, 0.04, 0.5, 1):
+            pictures.save_grid(run.figure(f"samples_{run.stamp(epoch)}"), frames[epoch], columns=SIDE)
+        tiles = [pictures.tile(images, SIDE) for images in frames.values()]
+        pictures.save_gif(run.figure("samples"), tiles, milliseconds=80)
 
 
 def draw_losses(run: Run) -> None:
     """Both losses and D's mean outputs per epoch, each with its value where D cannot tell real from fake."""
     epochs = [row["epoch"] for row in run.history]
-    whole, (losses, outputs) = pictures.figure(5.2, 4.6, panels=2)
+    whole, (losses, outputs) = pictures.figure(5.2, 4.6, rows=2)
     lines = (
         (losses, "loss_d", "discriminator", pictures.FIRST_COLOUR, "-"),
         (losses, "loss_g", "generator", pictures.SECOND_COLOUR, "--"),
@@ -331,8 +331,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     judged_by = judge.load(run.device) if args.dataset == "mnist" else None
     data = mnist.load(args.dataset, args.data_dir, run.device)
-    if not args.evaluate:
+    if args.evaluate:
+        run.recall()
+    else:
         train(run, model, data)
+    if run.history:
         draw_training(run)
     draw_final(run, model, data, judged_by)
     run.conclude(model, lambda: evaluate(run, model, data, judged_by))

@@ -214,7 +214,7 @@ def join(one: Tensor, other: Tensor) -> Tensor:
 
 
 class Flow(nn.Module):
-    """The chain of couplings between images with values in [0, 256] and z, eq:flow."""
+    """The chain of couplings between images with values in [0, 256] and z, eq:chain."""
 
     def __init__(self, components: int):
         super().__init__()
@@ -406,10 +406,9 @@ def panel_latents(run: Run) -> Tensor:
 
 def draw_training(run: Run) -> None:
     """The pictures of the course of the training, from the history and the frames alone."""
-    keys, title = ("train_bpd", "val_bpd"), "Bits per dimension"
-    ylabel = "bits per dimension (lower is better)"
-    pictures.save_training_curves(run.figure("bpd"), run.history, keys, ylabel, title, legend="upper right")
-    for epoch, images in run.frames["samples"].items():
+    keys, title = ("train_bpd", "val_bpd"), "Bits per dimension (lower is better)"
+    pictures.save_training_curves(run.figure("bpd"), run.history, keys, "bits", title, legend="upper right")
+    for epoch, images in run.frames.get("samples", {}).items():
         pictures.save_grid(run.figure(f"samples_{run.stamp(epoch)}"), images, columns=4)
 
 
@@ -465,8 +464,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     judged_by = judge.load(run.device) if args.dataset == "mnist" else None
     data = mnist.load(args.dataset, args.data_dir, run.device)
-    if not args.evaluate:
+    if args.evaluate:
+        run.recall()
+    else:
         train(run, model, data)
+    if run.history:
         draw_training(run)
     draw_final(run, model, data)
     run.conclude(model, lambda: evaluate(run, model, data, judged_by))

@@ -62,12 +62,13 @@ def save_gif(path: Path, pictures: Sequence[np.ndarray], milliseconds: int = 150
     write(path.with_suffix(".gif"), buffer.getvalue())
 
 
-def figure(width: float, height: float, panels: int = 1) -> tuple["Figure", list["Axes"]]:
-    """A figure of this size in inches, drawn without a display, and its panels: axes one above the other."""
+def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", list["Axes"]]:
+    """A figure of this size in inches, drawn without a display, and its panels row by row, of which a column's share
+    their x axis."""
     from matplotlib.figure import Figure
 
     whole = Figure(figsize=(width, height), layout="constrained")
-    axes = whole.subplots(panels, sharex=True, squeeze=False).ravel().tolist()
+    axes = whole.subplots(rows, columns, sharex="col", squeeze=False).ravel().tolist()
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
     return whole, axes
@@ -89,7 +90,7 @@ def save_training_curves(
     The axis spans the values from epoch 1 on, as the untrained one would flatten the curves; that is told in words.
     A run of which only epoch 0 is there shows that. legend: its corner, the one that the curves leave free.
     """
-    whole, (axes,) = figure(5.2, 3.2)
+    whole, (axes,) = figure(4.2, 2.9)
     epochs = [row["epoch"] for row in history]
     for key, colour, label, style in zip(keys, (FIRST_COLOUR, SECOND_COLOUR), ("training", "validation"), ("-", "--")):
         axes.plot(epochs, [row[key] for row in history], style, color=colour, label=label, marker=".", markersize=4)

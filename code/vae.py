@@ -144,7 +144,7 @@ def make_optimizer(model: VAE, lr: float) -> torch.optim.Optimizer:
 
 
 def training_step(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, index: Tensor) -> Tensor:
-    """One step of Adam up the mean ELBO of images[index], (batch,) of images (n, 784) uint8; minus that ELBO, detached.
+    """One step of Adam down eq:loss on images[index], (batch,) of images (n, 784) uint8: minus the mean ELBO, detached.
 
     Nothing here waits for the device.
     """
@@ -367,8 +367,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     judged_by = judge.load(run.device) if args.dataset == "mnist" else None
     data = mnist.load(args.dataset, args.data_dir, run.device)
-    if not args.evaluate:
+    if args.evaluate:
+        run.recall()
+    else:
         train(run, model, data)
+    if run.history:
         draw_training(run)
     draw_final(run, model, data)
     run.conclude(model, lambda: evaluate(run, model, data, judged_by))

@@ -3,6 +3,8 @@
 import ast
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -136,6 +138,26 @@ def test_a_killed_run_goes_on_to_the_same_bytes(reference, tmp_path, patch):
     assert (tmp_path / "checkpoints" / f"{RUNS[script]}.pt").exists()
     run_script(script, *flags, "--out", tmp_path, "--resume", patch=quick)
     assert lasting(tmp_path) == lasting(out)
+
+
+def test_pictures_are_redrawn_without_training(reference, tmp_path):
+    """--evaluate draws all of them from the JSON, the weights and the checkpoint; without that one, not the panels."""
+    script, out = reference
+    flags, quick = SHORT[script]
+    for checkpoints in (True, False):
+        again = tmp_path / str(checkpoints)
+        shutil.copytree(out, again)
+        pictures = {path for path in (again / "figures").iterdir() if path.suffix != ".json"}
+        for path in pictures:
+            path.unlink()
+        if not checkpoints:
+            shutil.rmtree(again / "checkpoints")
+        run_script(script, *flags, "--out", again, "--evaluate", patch=quick)
+        redrawn = {path for path in (again / "figures").iterdir() if path.suffix != ".json"}
+        earlier = {path for path in pictures if re.search(r"epoch0+[01]\.|gif$", path.name)}  # of epochs 0 and 1 of 2
+        assert redrawn == pictures if checkpoints else redrawn == pictures - earlier
+        assert earlier
+        assert all(path.read_bytes() == (out / "figures" / path.name).read_bytes() for path in redrawn)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import experiment
 import mnist
 import vae
 
@@ -224,6 +225,16 @@ def test_7_training_pixels_are_drawn_afresh_with_mean_value_over_255():
         assert abs(x[:, d].mean() - value / 255) < 4 * standard_error(x[:, d])
     assert not torch.equal(x, again) and not torch.equal(eps, other_eps)
     assert abs(eps.mean()) < 4 * standard_error(eps) and abs(eps.square().mean() - 1) < 4 * standard_error(eps.square())
+
+
+def test_samples_are_the_means_of_the_priors_latents(model):
+    z = experiment.fixed_normal("samples", 7, 2).double()
+    means = torch.sigmoid(model.decode(z)).view(7, 28, 28)
+    images = vae.decoder_means(model, z)
+    assert images.dtype == torch.uint8 and (images / 255 - means).abs().max() <= 0.5 / 255 + 1e-12
+    single = model.float()
+    assert torch.equal(vae.sample(single, 7), vae.decoder_means(single, z.float()))
+    assert torch.equal(vae.sample(single, 7)[:3], vae.sample(single, 3))
 
 
 # 15
