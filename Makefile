@@ -5,7 +5,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help vae gan nf affine trials judge seeds theory bench report test lint clean
+.NOTPARALLEL:
+.PHONY: help all vae gan nf figures affine trials judge seeds theory bench report test lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -14,6 +15,8 @@ $(VENV)/filled: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
+
+all: vae gan nf theory report  ## data, the report's four runs, its computations, the report: about two hours
 
 vae: $(VENV)/filled  ## train both VAEs to the report's 40 epochs and draw everything (figures/vae_*)
 	$(PY) code/vae.py
@@ -27,6 +30,12 @@ gan: $(VENV)/filled  ## train the GAN to the report's 200 epochs and draw everyt
 nf: $(VENV)/filled  ## train the flow to the report's 40 epochs and draw everything (figures/nf_*)
 	$(PY) code/nf.py
 	$(PY) report/collect.py
+
+figures: $(VENV)/filled  ## draw again what JSON, weights and checkpoints allow, without training; prints the results
+	$(PY) code/vae.py --evaluate
+	$(PY) code/vae.py --z-dim 2 --evaluate
+	$(PY) code/gan.py --evaluate
+	$(PY) code/nf.py --evaluate
 
 affine: $(VENV)/filled  ## train the flow with affine maps alone, for as many minutes (figures/nf_affine.json)
 	$(PY) code/nf.py --components 0 --epochs 57 --out out/affine

@@ -28,7 +28,71 @@ def test_every_number_the_report_uses_is_defined():
     assert used and used <= defined | {"run.key"}, used - defined
 
 
-ENVIRONMENT = {"cpu": "C", "threads": 2, "torch": "T"}
+def prose() -> str:
+    """The report's text without macros' arguments, LaTeX's own numbers and comments."""
+    text = (ROOT / "report/report.tex").read_text().partition(r"\begin{document}")[2]
+    text = re.sub(r"(?m)(?<!\\)%.*$", "", text)
+    text = re.sub(r"\\(num|code|checked|label|ref|eqref|includegraphics|cite\w*)(\[[^]]*\])?\{[^}]*\}", "", text)
+    return re.sub(
+        r"\\(begin|end)\{(minipage|tabular)\}(\[\w\])?\{?[^}\n]*\}?|\d*\.?\d+(ex|em|pt|\\(textwidth|height))", "", text
+    )
+
+
+# Decimals that are no measurement: settings of an example or of a trial, the question's bar, others' published figures.
+SET = {
+    "0.5", "0.6", "0.36", "0.9", "0.1", "0.99", "0.999", "0.001", "0.00025", "0.02", "0.2", "0.05", "0.01", "127.5",
+    "543.4", "1.85", "86.76", "1.06", "1.05", "0.97",
+}  # fmt: skip
+
+
+def test_every_measured_number_comes_from_a_macro():
+    """No decimal is typed but those above, and each of those is there; whole numbers are settings and sizes."""
+    typed = set(re.findall(r"\d+\.\d+", prose()))
+    assert typed == SET, typed ^ SET
+
+
+def test_every_function_the_report_names_exists():
+    text = (ROOT / "report/report.tex").read_text()
+    named = re.findall(r"\\code\{(\w+)\.(\w+)\}", text)
+    named += [("theory", name) for name in re.findall(r"\\checked\{(q\w+)\}", text)]
+    functions = [(module, name) for module, name in named if name not in ("py", "json")]
+    assert len(functions) > 15
+    for module, name in functions:
+        assert hasattr(__import__(module), name), f"{module}.{name}"
+
+
+def test_readme_backs_every_question_with_functions_and_tests_that_exist():
+    readme, report = (ROOT / "README.md").read_text(), (ROOT / "report/report.tex").read_text()
+    rows = re.findall(r"(?m)^\| (\d\.\d+) \|[^|]*\|(.*)\|(.*)\|$", readme)
+    assert [question for question, *_ in rows] == re.findall(r"\\label\{q:(.*?)\}", report)
+    for _, functions, tests in rows:
+        found = re.findall(r"`(test_\w+)\.py`: `(test_\w+)`", tests)
+        assert found, tests
+        sources = ((ROOT / "tests" / f"{module}.py").read_text().split(f"def {name}(")[1] for module, name in found)
+        bodies = "".join(re.split(r"\n(?=def |@)", source)[0] for source in sources)
+        for module, name in re.findall(r"`(\w+)\.(\w+)`", functions):
+            assert hasattr(__import__(module), name), f"{module}.{name}"
+            assert name in bodies or uses_it_indirectly(name), f"{name} is in none of {found}"
+
+
+def uses_it_indirectly(name: str) -> bool:
+    """What a listed test runs without naming it: models that a fixture makes, answers by their JSON."""
+    return name in {"VAE", "Flow", "log_prob", "sample"} or name.startswith("q")
+
+
+def test_nothing_is_left_to_do():
+    for path in ("report/report.tex", "README.md", "docs/speed.md"):
+        found = re.search(r"TODO|FIXME|XXX|[A-Z]{4,}_[A-Z]+|\bINFORMATION\b", (ROOT / path).read_text())
+        assert not found, f"{path}: {found}"
+
+
+def test_bibliography_and_citations_agree():
+    cited = re.findall(r"\\cite\w*(?:\[[^]]*\])*\{([^}]*)\}", (ROOT / "report/report.tex").read_text())
+    entries = re.findall(r"(?m)^@\w+\{(\w+),", (ROOT / "report/references.bib").read_text())
+    assert {key for keys in cited for key in keys.split(",")} == set(entries) and len(entries) == len(set(entries))
+
+
+ENVIRONMENT = {"cpu": "C_1 & D", "threads": 2, "torch": "T"}
 
 
 def write_json(checkout, name, content):
@@ -41,7 +105,7 @@ def checkout(tmp_path):
     for folder in ("figures", "code", "docs"):
         (tmp_path / folder).mkdir()
     marked = {
-        "README.md": ("results", "bits", "judged", "healthy", "game", "chosen", "flow"),
+        "README.md": ("results", "bits", "judged", "healthy", "game", "chosen", "flow", "theory"),
         "docs/speed.md": ("ceiling", "ladder", "tried"),
     }
     for path, markers in marked.items():
@@ -74,7 +138,8 @@ def checkout(tmp_path):
     write_json(tmp_path, "judge", {"result": {"test_accuracy": 0.99384, "floor": floor}})
     gaps = {"gap_median": 0.011, "gap_percentile_90": 4.5, "gap_percentile_99": 43.0}
     answer = {"images": 500, "draws": 4000, "nll_from_q_and_prior": 130.1, "nll_quadrature": 130.2, **gaps}
-    write_json(tmp_path, "theory", {"q1_4": answer})
+    seconds = {"q1_1": 40.4, "q1_4": 2.0}
+    write_json(tmp_path, "theory", {"q1_4": answer, "environment": ENVIRONMENT, "seconds": seconds})
     rates = {"images_per_second": 20_000, "gflops": 100, "ceiling_gflops": 150, "percent_of_ceiling": 66.6}
     row = {**rates, "products_gflops": 120, "parameters": 7, "evaluation_percent_of_epoch": 9, "compile_seconds": 21}
     row |= {"percent_of_step": {"products": 80, "data_and_noise": 5, "optimizer": 5, "elementwise_and_rest": 10}}
@@ -95,6 +160,8 @@ def test_numbers_follow_the_json(checkout):
         r"num:judge.result.test_accuracy\endcsname{0.9938}",
         r"num:theory.q1_4.nll_from_q_and_prior\endcsname{130.10}",
         r"num:theory.q1_4.draws\endcsname{4{,}000}",
+        r"num:gan.environment.cpu\endcsname{C\_1 \& D}",
+        r"num:gan.result.train_seconds\endcsname{2{,}000}",
     ):
         assert expected in files["numbers.tex"]
     for expected in (
@@ -115,7 +182,7 @@ def test_numbers_follow_the_json(checkout):
         "bar of 1.85 after 9 s, and below the original's end, 1.82 after 40 epochs, after 28 s.",
         "| `nf` | 20.1 | 0.750 | 0.625 | 40.0% and 60.0% | 2000 s | 0.020 s |",
         "| 1/4 | - | 1.840 | - |\n| 1 | 1.900 | 2.000 | 100.0 |\n| 2 to 4 |  |  | at most 50.0 |",
-        "C, 2 threads, torch T",
+        "The 2 computations took 42 s, the longest 40 s. Measured on C_1 & D, 2 threads, torch T.",
     ):
         assert expected in files["README.md"]
     for expected in (
@@ -140,6 +207,8 @@ def test_numbers_follow_the_json(checkout):
         ("x.lr", 0.003, "0.003"),
         ("x.config.decay", 0.999, "0.999"),
         ("x.recall", 0.12345, "0.123"),
+        ("x.milliseconds", 23.456, "23.5"),
+        ("x.greatest_difference", 1.69e-12, "2e-12"),
     ],
 )
 def test_rounding(key, value, text):
