@@ -122,7 +122,9 @@ def q1_3_ring(out: Path) -> dict:
     radius, angle = x.norm(dim=1), torch.atan2(x[:, 1], x[:, 0])
     whole, panels = pictures.figure(4.8, 2.5, columns=2)
     for axes, points, name in zip(panels, (z, x), ("draws of $N(0, I_2)$", "through the network")):
-        axes.scatter(*points[:4000].T, s=2, color=pictures.FIRST_COLOUR, alpha=0.4, linewidths=0, rasterized=True)
+        axes.scatter(
+            *points[:4000].T.numpy(), s=2, color=pictures.FIRST_COLOUR, alpha=0.4, linewidths=0, rasterized=True
+        )
         axes.set(xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal")
         axes.set_title(name, fontsize=10)
     pictures.save_figure(out / "theory_ring", whole, pdf=False)
@@ -132,7 +134,7 @@ def q1_3_ring(out: Path) -> dict:
         "radius_mean": float(radius.mean()),
         "radius_deviation": float(radius[radius > RING_RADIUS / 2].std()),  # of what is not in the hole
         "angle_resultant": float(torch.hypot(angle.cos().mean(), angle.sin().mean())),  # 0 if uniform
-        "share_in_the_hole": float((radius < RING_RADIUS / 2).double().mean()),
+        "percent_in_the_hole": 100 * float((radius < RING_RADIUS / 2).double().mean()),
     }
 
 
@@ -243,11 +245,13 @@ def draw_posteriors(model: vae.VAE, x: Tensor, log_px: Tensor, gap: Tensor, out:
         z = torch.stack((z1, z2), dim=-1)
         log_joint = vae.bernoulli_log_prob(x[n], model.decode(z)) + normal_log_prob(z, 0.0, 0.0)
         extent = [float(each + side) for each in mu[n] for side in (-WINDOW, WINDOW)]
-        shown = axes.imshow(log_joint - log_px[n], cmap="Greys", origin="lower", extent=extent, vmin=-15, vmax=5)
+        shown = axes.imshow(
+            (log_joint - log_px[n]).numpy(), cmap="Greys", origin="lower", extent=extent, vmin=-15, vmax=5
+        )
         size = (4 * torch.exp(0.5 * logvar[n])).tolist()  # two standard deviations to each side
         axes.add_patch(Ellipse(mu[n].tolist(), *size, fill=False, color=pictures.SECOND_COLOUR, linewidth=1.5))
         inset = axes.inset_axes((0.02, 0.7, 0.28, 0.28))
-        inset.imshow(x[n].view(mnist.SIDE, mnist.SIDE), cmap="gray", vmin=0, vmax=1)
+        inset.imshow(x[n].view(mnist.SIDE, mnist.SIDE).numpy(), cmap="gray", vmin=0, vmax=1)
         inset.set_axis_off()
         axes.set_title(f"{gap[n]:.2f} nats short", fontsize=10)
         axes.set(xlabel="$z_1$", ylabel="$z_2$" if n == 0 else "")

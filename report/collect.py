@@ -21,8 +21,8 @@ from experiment import UserError, exit_status, write  # noqa: E402
 
 DECIMALS = {  # of a value whose key has this word, the first that fits
     "elbo": 2, "nll": 2, "gap": 2, "bpd": 3, "accuracy": 4, "fid": 1, "precision": 3, "recall": 3,
-    "reconstruction": 1, "rarest": 1, "commonest": 1, "bias": 3, "rms": 3, "ratio": 4, "posterior": 1,
-    "loss": 3, "real": 3, "fake": 3,
+    "reconstruction": 1, "rarest": 1, "commonest": 1, "percent": 2, "carlo": 3, "bias": 3, "rms": 3,
+    "ratio": 4, "posterior": 1, "loss": 3, "real": 3, "fake": 3,
 }  # fmt: skip
 
 COMMANDS = {  # script -> run -> command, as in the scripts' docstrings
@@ -31,6 +31,8 @@ COMMANDS = {  # script -> run -> command, as in the scripts' docstrings
     "code/nf.py": {"nf": "code/nf.py"},
 }
 RUNS = [run for commands in COMMANDS.values() for run in commands]
+
+SET = {"mu", "variance", "noise", "radius", "deviation"}  # last words of keys of what was not measured
 
 COSTS = {"train_seconds": 0, "seconds_per_1000_samples": 3}  # key of a result -> decimals
 
@@ -112,14 +114,14 @@ def rounded(key: str, value: float | int | str) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     words = re.split(r"[._]", key)
-    if "config" in words:  # as it was set
+    if "config" in words or key.rpartition(".")[2] in SET:
         return f"{value:g}"
     for word, decimals in DECIMALS.items():
         if word in words:
-            return f"{value:.{decimals}f}"
+            return f"{value:,.{decimals}f}"
     if "difference" in words:  # of what should be equal
         return f"{value:.1g}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def entries(content: dict, prefix: str) -> Iterator[tuple[str, float | int | str]]:
@@ -142,7 +144,9 @@ def numbers_tex(results: dict[str, dict]) -> str:
         for key, value in entries(content, f"{run}."):
             if not isinstance(value, str):
                 text = rounded(key, value).replace(",", "{,}")
-                text = re.sub(r"e(-?)0?(\d+)$", r"\\ensuremath{\\cdot10^{\1\2}}", text)
+                text = re.sub(r"^1e", "e", text)
+                text = re.sub(r"^e(-?)0?(\d+)$", r"\\ensuremath{10^{\1\2}}", text)
+                text = re.sub(r"e(-?)0?(\d+)$", r"\\ensuremath{\\,{\\cdot}\\,10^{\1\2}}", text)
                 text = re.sub(r"^-", r"\\ensuremath{-}", text)
             elif ".environment." in key:
                 text = re.sub(r"([_#%&$])", r"\\\1", value)

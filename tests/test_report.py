@@ -204,7 +204,7 @@ def test_numbers_follow_the_json(checkout):
         ("x.test_nll_se", 0.231, "0.23"),
         ("x.seconds", 161.4, "161"),
         ("x.parameters", 1234567, "1,234,567"),
-        ("x.lr", 0.003, "0.003"),
+        ("x.config.lr", 0.003, "0.003"),
         ("x.config.decay", 0.999, "0.999"),
         ("x.recall", 0.12345, "0.123"),
         ("x.milliseconds", 23.456, "23.5"),

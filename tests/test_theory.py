@@ -91,7 +91,7 @@ def test_q1_3_so_does_the_network(answers):
     answer = answers["q1_3"]
     assert abs(answer["radius_mean"] - answer["radius"]) < 0.02
     assert abs(answer["radius_deviation"] - answer["deviation"]) < 0.05
-    assert answer["angle_resultant"] < 0.02 and 0 < answer["share_in_the_hole"] < 0.02
+    assert answer["angle_resultant"] < 0.02 and 0 < answer["percent_in_the_hole"] < 2
 
 
 def test_q1_4_linear_gaussian():
