@@ -177,11 +177,15 @@ def q1_4_linear_gaussian() -> dict:
                 ratio = error.exp()
                 row |= {f"{name}_ratio": float(ratio.mean()), f"{name}_ratio_se": float(ratio.std() / REPEATS**0.5)}
         if d == 1:
-            v = math.exp(log_variance)  # 1 + chi^2 of N(m, v) from N(0, 1) is exp(m^2 / (2 - v)) / sqrt(v (2 - v))
-            chi2 = torch.exp(mean.square() / (2 - v)) / math.sqrt(v * (2 - v)) - 1
+            chi2 = chi_squared(mean, math.exp(log_variance))
             row["prior_ratio_se_expected"] = float((chi2.mean() / DRAWS / REPEATS).sqrt())
         answer[f"d{d}"] = row
     return answer
+
+
+def chi_squared(mean: Tensor, variance: float) -> Tensor:
+    """chi^2(N(mean, variance) || N(0, 1)), in closed form, of any shape. The variance is below 2."""
+    return torch.exp(mean.square() / (2 - variance)) / math.sqrt(variance * (2 - variance)) - 1
 
 
 def q1_4_importance_sampling(model: vae.VAE, data: mnist.Data, out: Path) -> dict:

@@ -109,6 +109,15 @@ def test_q1_4_linear_gaussian():
     assert answer["d1"]["prior_ratio_se"] == pytest.approx(answer["d1"]["prior_ratio_se_expected"], rel=0.3)
 
 
+def test_q1_4_chi_squared_is_its_integral():
+    line = theory.LINE.unsqueeze(1)
+    log_prior = theory.normal_log_prob(line, 0.0, 0.0)
+    for mean, variance in ((0.0, 0.1), (1.5, 0.3), (-2.0, 1.2)):
+        squares = 2 * theory.normal_log_prob(line, mean, math.log(variance)) - log_prior
+        exact = theory.integral(squares.exp()) - 1
+        assert float(theory.chi_squared(torch.tensor(mean, dtype=torch.float64), variance)) == pytest.approx(exact)
+
+
 def test_q1_4_quadrature_has_converged(model, data):
     x, _ = (part[:10] for part in vae.evaluation_set(data.test_images, "test", 2))
     exact = vae.quadrature_log_px(model, x, vae.QUADRATURE_POINTS)
