@@ -65,8 +65,8 @@ def q1_1_autoencoder(data: mnist.Data, judged_by: judge.Judge, out: Path) -> dic
     """An autoencoder and a VAE of one architecture and equal training: what they reconstruct, what noise decodes to.
 
     The autoencoder is the VAE's own networks without noise on the code and without the KL. Its codes spread as they
-    like, and draws from N(0, I) are none of them. theory_autoencoder.png: ten draws decoded by
-    the autoencoder, and below them by the VAE. Reconstructions are scored by -log p(x|z) at the mean code, in nats.
+    like, and N(0, I) covers a small part of them. theory_autoencoder.png: ten draws decoded by the autoencoder, and
+    below them by the VAE. Reconstructions are scored by -log p(x|z) at the mean code; shares of classes are in percent.
     """
     images = data.train_images.flatten(1)
     x, _ = vae.evaluation_set(data.test_images, "test", 2)
