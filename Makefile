@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help all vae gan nf figures affine trials judge seeds theory bench report test lint clean
+.PHONY: help all vae gan nf figures affine cuda trials judge seeds theory bench report test lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,14 @@ judge: $(VENV)/filled  ## judge 10,000 samples of each model (trains the judge o
 	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz figures/gan_samples.npz figures/nf_samples.npz
 	$(PY) report/collect.py
 
+cuda: $(VENV)/filled  ## the four runs on a GPU, for README's table (figures/<run>_cuda.json)
+	$(PY) code/vae.py --device cuda --out out/cuda
+	$(PY) code/vae.py --z-dim 2 --device cuda --out out/cuda
+	$(PY) code/gan.py --device cuda --out out/cuda
+	$(PY) code/nf.py --device cuda --out out/cuda
+	for run in vae_z20 vae_z2 gan nf; do cp out/cuda/figures/$$run.json figures/$${run}_cuda.json || exit; done
+	$(PY) report/collect.py
+
 seeds: $(VENV)/filled  ## train the VAE (z of 20) with two more seeds: the spread (figures/vae_z20_seed*.json)
 	for seed in 1 2; do \
 	  $(PY) code/vae.py --seed $$seed --out out/seed$$seed && \
@@ -62,7 +70,7 @@ seeds: $(VENV)/filled  ## train the VAE (z of 20) with two more seeds: the sprea
 	done
 	$(PY) report/collect.py
 
-bench: $(VENV)/filled  ## measure training's speed against the machine's ceiling (figures/bench.json)
+bench: $(VENV)/filled  ## measure training's speed against the machine's ceiling (figures/bench*)
 	$(PY) code/bench.py
 	$(PY) report/collect.py
 

@@ -1,20 +1,27 @@
 """How near the machine's limit training runs, and how far from a textbook loop.
 
-    python code/bench.py        # a few minutes; writes figures/bench.json and prints its table
+    python code/bench.py        # half an hour; writes figures/bench.json and bench_growth, prints its table
 
 Three things are measured in turns, round after round, so that a machine whose speed drifts treats all alike; every
 figure is the median of the rounds. (1) The ceiling: float32 multiplication of two 1024 x 1024 matrices. (2) A model's
 training step, the very function that its script calls, with the floating-point operations of its matrix products and
 convolutions counted by PyTorch's own counter. (3) The same model and batch size in a textbook loop (a torchvision
 dataset with ToTensor, a DataLoader, default Adam, .item() at each step), and what each habit of the script adds to it.
+After that, how time and memory grow with width, batch size, number of images and threads, each point in a process of
+its own, whose memory is thus its own.
 """
 
+import contextlib
 import functools
+import math
+import multiprocessing
+import random
 import statistics
 import sys
 import time
 import unittest.mock as mock
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +37,18 @@ import gan
 import mnist
 import nf
 import vae
-from experiment import UserError
+from experiment import RunError, UserError
 
 STEPS = 40  # of training in one measurement; of the flow, whose steps are long, a quarter
 CEILING_SIDE, CEILING_PRODUCTS = 1024, 40
+GROWTH = {  # what grows -> script -> values, of which the script's own is one but for the images
+    "width": {"vae": (104, 208, 416, 832, 1664), "nf": (8, 16, 32, 64)},
+    "batch_size": {"vae": (80, 160, 320, 640, 1280), "gan": (64, 128, 256, 512, 1024), "nf": (12, 24, 48, 96, 192)},
+    "images": {"vae": (5120, 20_480, 81_920), "gan": (4096, 16_384, 65_536), "nf": (480, 1920, 7680)},
+    "threads": {"vae": (1, 2), "gan": (1, 2), "nf": (1, 2)},
+}
+GROWN_OVER = {"vae": 7680, "gan": 5120, "nf": 960}  # images of an epoch, where it is not they that grow
+GROWTH_ROUNDS = 3
 
 
 @dataclass
@@ -65,12 +80,21 @@ def updates(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Callable[[]
     return run
 
 
-def vae_case(z_dim: int, data: mnist.Data) -> Case:
-    """The VAE at the report's settings."""
+def vae_training(images: Tensor) -> tuple[vae.VAE, torch.optim.Optimizer, Callable[[Tensor], object]]:
+    """The VAE, its optimizer and its training step at the report's settings, on images (n, 28, 28) uint8."""
     args = vae.flags().parse_args([])
-    images = data.train_images.flatten(1)
-    model = vae.VAE(z_dim).to(images.device)
-    optimizer = vae.make_optimizer(model, args.lr)
+    images = images.flatten(1)
+    model = vae.VAE(args.z_dim).to(images.device)
+    optimizer = experiment.adam(model.parameters(), args.lr)
+    return model, optimizer, lambda index: vae.training_step(model, optimizer, images, index)
+
+
+def vae_case(images: Tensor) -> Case:
+    """`vae_training` and what to compare it with."""
+    args = vae.flags().parse_args([])
+    z_dim = args.z_dim
+    model, optimizer, script_step = vae_training(images)
+    images = images.flatten(1)
     evaluated = [vae.evaluation_set(images[: vae.EVALUATION_IMAGES], "training", z_dim) for _ in range(2)]
     other = vae.VAE(z_dim).to(images.device)
 
@@ -113,9 +137,9 @@ def vae_case(z_dim: int, data: mnist.Data) -> Case:
         name=f"vae_z{z_dim}",
         batch=args.batch_size,
         model=model,
-        step=lambda index: vae.training_step(model, optimizer, images, index),
+        step=script_step,
         data=lambda index: vae.draw_batch(images, index, z_dim),
-        optimizer=updates(other, vae.make_optimizer(other, args.lr)),
+        optimizer=updates(other, experiment.adam(other.parameters(), args.lr)),
         evaluate=lambda: [vae.per_image_elbo(model, *each) for each in evaluated],
         images=images,
         textbook=textbook,
@@ -124,12 +148,21 @@ def vae_case(z_dim: int, data: mnist.Data) -> Case:
     )
 
 
-def gan_case(data: mnist.Data) -> Case:
-    """The GAN at the report's settings."""
+def gan_training(images: Tensor) -> tuple[gan.GAN, tuple, Callable[[Tensor], object]]:
+    """The GAN, its optimizers and its training step at the report's settings, on images (n, 28, 28) uint8."""
     args = gan.flags().parse_args([])
-    images = data.images.flatten(1)
-    model, other = gan.GAN().to(images.device), gan.GAN().to(images.device)
+    images = images.flatten(1)
+    model = gan.GAN().to(images.device)
     optimizers = gan.make_optimizers(model, args.lr)
+    return model, optimizers, lambda index: gan.training_step(model, optimizers, images, index, 1 - gan.DECAY)
+
+
+def gan_case(images: Tensor) -> Case:
+    """`gan_training` and what to compare it with."""
+    args = gan.flags().parse_args([])
+    model, optimizers, script_step = gan_training(images)
+    images = images.flatten(1)
+    other = gan.GAN().to(images.device)
     update = updates(other, *gan.make_optimizers(other, args.lr))
     settling = torch.randn(gan.SETTLING, gan.Z_DIM, device=images.device).split(gan.EVALUATION_BATCH)
 
@@ -180,7 +213,7 @@ def gan_case(data: mnist.Data) -> Case:
                 optimizer.zero_grad()
                 loss().backward(inputs=list(network.parameters()) if alone else None)
                 optimizer.step()
-            experiment.move_average(model.average, model.generator, gan.DECAY)
+            experiment.move_average(model.average, model.generator, 1 - gan.DECAY)
 
         return step
 
@@ -188,9 +221,9 @@ def gan_case(data: mnist.Data) -> Case:
         name="gan",
         batch=args.batch_size,
         model=model,
-        step=lambda index: gan.training_step(model, optimizers, images, index, gan.DECAY),
+        step=script_step,
         data=lambda index: gan.draw_batch(images, index),
-        optimizer=lambda: (update(), experiment.move_average(other.average, other.generator, gan.DECAY)),
+        optimizer=lambda: (update(), experiment.move_average(other.average, other.generator, 1 - gan.DECAY)),
         evaluate=lambda: update_bn(settling, model.average),
         images=images,
         textbook=textbook,
@@ -213,13 +246,20 @@ def mixture_by_autograd(x: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor) ->
     return log_below - log_above, log_density - log_below - log_above
 
 
-def nf_case(data: mnist.Data) -> Case:
-    """The flow at the report's settings."""
+def nf_training(images: Tensor) -> tuple[nf.Flow, torch.optim.Optimizer, Callable[[Tensor], object]]:
+    """The flow, its optimizer and its training step at the report's settings, on images (n, 28, 28) uint8."""
     args = nf.flags().parse_args([])
-    images = data.train_images
-    model, other = nf.Flow(args.components).to(images.device), nf.Flow(args.components).to(images.device)
-    optimizer = nf.make_optimizer(model, args.lr)
-    update = updates(other, nf.make_optimizer(other, args.lr))
+    model = nf.Flow(args.components).to(images.device)
+    optimizer = experiment.adam(model.parameters(), args.lr, betas=nf.BETAS)
+    return model, optimizer, lambda index: nf.training_step(model, optimizer, images, index)
+
+
+def nf_case(images: Tensor) -> Case:
+    """`nf_training` and what to compare it with."""
+    args = nf.flags().parse_args([])
+    model, optimizer, script_step = nf_training(images)
+    other = nf.Flow(args.components).to(images.device)
+    update = updates(other, experiment.adam(other.parameters(), args.lr, betas=nf.BETAS))
     evaluated = [nf.evaluation_set(images[: nf.EVALUATION_IMAGES], "training") for _ in range(2)]
 
     def textbook(fused: bool, item: bool) -> Callable[[Tensor], None]:
@@ -246,7 +286,7 @@ def nf_case(data: mnist.Data) -> Case:
         name="nf",
         batch=args.batch_size,
         model=model,
-        step=lambda index: nf.training_step(model, optimizer, images, index),
+        step=script_step,
         data=lambda index: nf.draw_batch(images, index),
         optimizer=lambda: (nn.utils.clip_grad_norm_(other.parameters(), nf.CLIP), update()),
         evaluate=lambda: [nf.per_image_log_prob(model, v) for v in evaluated],
@@ -255,6 +295,9 @@ def nf_case(data: mnist.Data) -> Case:
         tried={"the mixture's gradient by autograd": step_by_autograd},
         steps=max(1, STEPS // 4),
     )
+
+
+TRAINING = {"vae": (vae, vae_training), "gan": (gan, gan_training), "nf": (nf, nf_training)}
 
 
 class _Products(TorchDispatchMode):
@@ -266,7 +309,8 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in flop_registry:
-            self.calls.append(functools.partial(function, *args, **(kwargs or {})))
+            operands = [each.detach() if isinstance(each, Tensor) else each for each in args]  # not what made them
+            self.calls.append(functools.partial(function, *operands, **(kwargs or {})))
         return function(*args, **(kwargs or {}))
 
 
@@ -358,10 +402,11 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
         "images resident, batches by index": resident(case.textbook(fused=False, item=True)),
         "and Adam fused": resident(case.textbook(fused=True, item=True)),
         "and no .item()": resident(case.textbook(fused=True, item=False)),
-        "the script's step": repeat(case.step),
+        "the script's step": repeat(experiment.Captured(case.step, device)),
     }
     tried = {name: repeat(step) for name, step in case.tried.items()}
-    tried |= {"half the batch size": repeat(case.step, 0.5), "twice the batch size": repeat(case.step, 2)}
+    for name, times in (("half the batch size", 0.5), ("twice the batch size", 2)):
+        tried[name] = repeat(experiment.Captured(case.step, device), times)
     only_products, flops = products(case, device)
     shares = {
         "ceiling": ceiling(device),
@@ -405,6 +450,115 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
     }
 
 
+def grown(name: str, what: str, value: int, data_dir: Path, device_name: str) -> dict[str, float | None]:
+    """One point: seconds of an epoch of so many images, and the most memory in MiB that this process, a fresh one, held
+    in it beyond what it holds with its libraries loaded (None on Windows).
+
+    name: the script; what: "width" of its hidden layers (channels, in the flow), "batch_size", "images" or "threads".
+    """
+    device = experiment.device(device_name)
+    module, training = TRAINING[name]
+    n, batch = GROWN_OVER[name], module.flags().parse_args([]).batch_size
+    if what == "threads":
+        torch.set_num_threads(value)
+    elif what == "width":
+        module.HIDDEN = value
+    elif what == "batch_size":
+        batch = value
+    else:
+        n = value
+    tiny = nn.Linear(1, 1, device=device)
+    updates(tiny, experiment.adam(tiny.parameters(), 1e-3))()  # loads what the first step of an optimizer does
+    idle = peak_memory_from_here(device)
+    images = mnist.load("mnist", data_dir, device).images
+    images = images.repeat(math.ceil(n / len(images)), 1, 1)[:n].clone()
+    step = experiment.Captured(training(images)[2], device)
+    peak_memory_from_here(device)  # loading takes more than training
+    for _ in range(experiment.Captured.WARM_UP + 1):
+        step(torch.arange(batch, device=device))
+    seconds(lambda: None, device)  # what is still under way
+    taken = seconds(lambda: [step(index) for index in mnist.batches(n, batch, device)], device)
+    held = experiment.peak_memory_mib(device)
+    return {"seconds": taken, "memory_mib": None if held is None else held - idle, "images": n // batch * batch}
+
+
+def peak_memory_from_here(device: torch.device) -> float | None:
+    """Makes `experiment.peak_memory_mib` count anew, where the system can, and returns it: what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    return experiment.peak_memory_mib(device)
+
+
+def growth(data_dir: Path, device: torch.device) -> dict:
+    """Every point of GROWTH: what grows -> script -> value -> `grown`, the fastest of GROWTH_ROUNDS.
+
+    Each round takes the points in another random order, so that a machine that drifts does not bend the curves, and the
+    fastest is the one least disturbed. Threads are the CPU's, as many as it has.
+    """
+    spawn, shuffled = multiprocessing.get_context("spawn"), random.Random(0)
+    points = [
+        (what, name, value)
+        for what, scripts in GROWTH.items()
+        for name, values in scripts.items()
+        for value in values
+        if what != "threads" or (device.type == "cpu" and value <= torch.get_num_threads())
+    ]
+    found: dict = {}
+    in_order = [point for _ in range(GROWTH_ROUNDS) for point in shuffled.sample(points, len(points))]
+    for what, name, value in experiment.progress(in_order, "growth"):
+        try:
+            with ProcessPoolExecutor(1, mp_context=spawn) as fresh:
+                one = fresh.submit(grown, name, what, value, data_dir, device.type).result()
+        except (BrokenExecutor, MemoryError):
+            raise RunError(f"the process for {name} with {what} of {value} died: too little memory?") from None
+        point = what, name, value
+        found[point] = min(one, found.get(point, one), key=lambda each: each["seconds"])
+    rows: dict = {}
+    for what, name, value in points:
+        rows.setdefault(what, {}).setdefault(name, {})[str(value)] = found[what, name, value]
+    return rows
+
+
+def draw_growth(path: Path, rows: dict) -> None:
+    """Seconds (above) and memory (below) against each thing that grows, log-log, a line for each model."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    import pictures
+
+    whole, panels = pictures.figure(7.2, 4.2, rows=2, columns=len(rows))
+    colours = {"vae": pictures.FIRST_COLOUR, "gan": pictures.SECOND_COLOUR, "nf": pictures.MARK_COLOUR}
+    for axes in panels[len(rows) + 1 :]:
+        axes.sharey(panels[len(rows)])
+    for (what, scripts), above, below in zip(rows.items(), panels, panels[len(rows) :]):
+        for name, points in scripts.items():
+            style = {"marker": ".", "color": colours[name], "label": name}
+            values = [point["images"] if what == "images" else int(value) for value, point in points.items()]
+            above.loglog(values, [seconds_shown(what, point) for point in points.values()], **style)
+            below.loglog(values, [point["memory_mib"] or math.nan for point in points.values()], **style)
+        above.set_title("an epoch" if what == "images" else "per 1,000 images", fontsize=9)
+        below.set_xlabel(what.replace("_", " "))
+        if what == "threads":
+            below.set_xticks(sorted({int(value) for points in scripts.values() for value in points}))
+            below.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=8)
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    panels[0].set_ylabel("seconds")
+    most = max(panels[: len(rows)], key=lambda axes: len(axes.get_lines()))  # the GAN's width is fixed
+    whole.legend(*most.get_legend_handles_labels(), loc="outside upper center", ncols=len(colours), frameon=False)
+    panels[len(rows)].set_ylabel("memory, MiB")
+    pictures.save_figure(path, whole)
+
+
+def seconds_shown(what: str, point: dict[str, float]) -> float:
+    """Of an epoch where the number of images grows, else of 1,000 images."""
+    return point["seconds"] if what == "images" else 1000 * point["seconds"] / point["images"]
+
+
 def table(rows: dict[str, dict]) -> str:
     """The rows as text."""
     head = ("model", "images/s", "GFLOP/s", "% of ceiling", "ceiling GFLOP/s", "its shapes' own", "times textbook")
@@ -426,9 +580,7 @@ def flags() -> experiment.Parser:
     parser = experiment.Parser(description=__doc__.partition("\n")[0])
     experiment.add_machine_flags(parser)
     parser.add_argument("--rounds", type=experiment.positive_int, default=7, metavar="N", help="medians are over these")
-    parser.add_argument(
-        "--out", type=Path, default=experiment.ROOT, metavar="DIR", help="writes DIR/figures/bench.json"
-    )
+    parser.add_argument("--out", type=Path, default=experiment.ROOT, metavar="DIR", help="writes DIR/figures/bench*")
     return parser
 
 
@@ -437,13 +589,16 @@ def main(argv: list[str] | None = None) -> None:
     """Measure every model and write figures/bench.json."""
     args = flags().parse_args(argv)
     device = experiment.device(args.device)
-    path = experiment.folder(args.out / "figures") / "bench.json"
+    suffix = "_cuda" if device.type == "cuda" else ""
+    path = experiment.folder(args.out / "figures") / f"bench{suffix}.json"
     data = mnist.load("mnist", args.data_dir, device)
     rows = {}
-    for case in (vae_case(20, data), gan_case(data), nf_case(data)):
+    for case in (vae_case(data.train_images), gan_case(data.images), nf_case(data.train_images)):
         rows[case.name] = measure(case, args.rounds, args.data_dir, device)
     print(table(rows))
-    content = {"environment": experiment.environment(device), "rounds": args.rounds, "models": rows}
+    grows = growth(args.data_dir, device)
+    draw_growth(path.with_name(f"bench_growth{suffix}"), grows)
+    content = {"environment": experiment.environment(device), "rounds": args.rounds, "models": rows, "growth": grows}
     experiment.write(path, experiment.json_bytes(content))
 
 

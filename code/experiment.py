@@ -189,12 +189,16 @@ def check_batch_size(batch_size: int, images: int) -> None:
 
 
 def device(name: str) -> torch.device:
-    """The device that --device names. Raises UserError where this machine does not have it."""
+    """The device that --device names, with float32 in earnest. Raises UserError where this machine does not have it."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(each for each, available in here.items() if available)
     if not here[name]:
         raise UserError(f"--device {name}: PyTorch sees no such device here; use --device auto or cpu")
+    if name == "cuda":  # TF32 would keep 10 bits of float32's 23, and cuDNN may add up in any order
+        for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+            products.fp32_precision = "ieee"
+        torch.backends.cudnn.deterministic = True
     return torch.device(name)
 
 
@@ -228,10 +232,71 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
 
+def adam(parameters: Iterable[nn.Parameter], lr: float, **settings: Any) -> torch.optim.Optimizer:
+    """Adam (Kingma & Ba 2015) in one pass over the parameters, whose step a CUDA graph can hold.
+
+    For that its learning rate must be a number on the device; it stays so when the state of a run elsewhere is loaded.
+    """
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True, **settings)
+    _suit_the_device(optimizer)
+    optimizer.register_load_state_dict_post_hook(_suit_the_device)
+    return optimizer
+
+
+def _suit_the_device(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        of, lr = group["params"][0].device, float(group["lr"])
+        group["capturable"] = of.type == "cuda"
+        group["lr"] = torch.tensor(lr, device=of) if group["capturable"] else lr
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of every parameter from the next step on."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+class Captured:
+    """A training step, `step(index, *numbers)`, that CUDA records once as a graph and then replays.
+
+    A replay is one launch where the step itself is hundreds. The batch's index and the numbers are copied into the
+    memory that the graph reads, and what comes back is memory that the next call writes anew. Random numbers differ
+    from replay to replay, as each advances the device's generator. A graph wants the optimizer to have its state and
+    the libraries their workspaces, so the first WARM_UP calls run plainly, on the same memory; they are steps of the
+    training like all others. On other devices every call is the step's own.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step: Callable, of: torch.device):
+        self._step, self._device = step, of
+        self._calls = 0
+
+    def __call__(self, index: Tensor, *numbers: float) -> Any:
+        if self._device.type != "cuda":
+            return self._step(index, *numbers)
+        self._calls += 1
+        if self._calls == 1:
+            self._memory = [torch.empty_like(index), *(torch.zeros((), device=index.device) for _ in numbers)]
+            self._aside = torch.cuda.Stream()  # a graph is not recorded on the default stream
+        self._memory[0].copy_(index)
+        for memory, number in zip(self._memory[1:], numbers):
+            memory.fill_(number)
+        if self._calls <= self.WARM_UP:
+            self._aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._aside):
+                returned = self._step(*self._memory)
+            torch.cuda.current_stream().wait_stream(self._aside)
+            return returned
+        if self._calls == self.WARM_UP + 1:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._aside):  # records the step, and does not run it
+                self._returned = self._step(*self._memory)
+        self._graph.replay()
+        return self._returned
 
 
 def spherical_path(start: Tensor, end: Tensor, points: int) -> Tensor:
@@ -251,15 +316,18 @@ def spherical_path(start: Tensor, end: Tensor, points: int) -> Tensor:
 
 
 def averaging(step: int, decay: float) -> float:
-    """The decay of a running average at `step` of 0, 1, ...: rises to `decay`, so that the start is soon forgotten."""
-    return min(decay, (1 + step) / (10 + step))
+    """The share of the newest in a running average at `step` of 0, 1, ...: 1 less its decay.
+
+    The decay rises to `decay`, so that the start is soon forgotten.
+    """
+    return 1 - min(decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
-def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Parameters of `average` become decay times themselves plus 1 - decay times the model's (Polyak averaging)."""
+def move_average(average: nn.Module, model: nn.Module, share: float | Tensor) -> None:
+    """Parameters of `average` become 1 - share times themselves plus share times the model's (Polyak averaging)."""
     for mean, value in zip(average.parameters(), model.parameters()):
-        mean.lerp_(value, 1 - decay)
+        mean.lerp_(value, share)
 
 
 def progress(iterable: Iterable, description: str, total: int | None = None) -> tqdm:

@@ -120,10 +120,8 @@ def draw_batch(images: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def make_optimizers(model: GAN, lr: float) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Adam for the discriminator, and for the generator, each in one pass over its parameters."""
-    settings = {"lr": lr, "betas": BETAS, "fused": True}
-    networks = (model.discriminator, model.generator)
-    return tuple(torch.optim.Adam(network.parameters(), **settings) for network in networks)
+    """Adam for the discriminator, and for the generator."""
+    return tuple(experiment.adam(each.parameters(), lr, betas=BETAS) for each in (model.discriminator, model.generator))
 
 
 def training_step(
@@ -131,7 +129,7 @@ def training_step(
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
     images: Tensor,
     index: Tensor,
-    decay: float,
+    share: float | Tensor,
 ) -> Tensor:
     """One step of Adam down L_D on images[index], (batch,) of images (n, 784) uint8, one down L_G, one of the average.
 
@@ -148,7 +146,7 @@ def training_step(
     optimizer_g.zero_grad()
     loss_g.backward(inputs=list(model.generator.parameters()))
     optimizer_g.step()
-    experiment.move_average(model.average, model.generator, decay)
+    experiment.move_average(model.average, model.generator, share)
     return torch.stack((loss_d.detach(), loss_g.detach(), *outputs))
 
 
@@ -166,6 +164,7 @@ def train(run: Run, model: GAN, data: mnist.Data) -> None:
     optimizers = make_optimizers(model, args.lr)
     run.start(model=model, optimizer_d=optimizers[0], optimizer_g=optimizers[1])
     images = data.images.flatten(1)
+    take_step = experiment.Captured(lambda *batch: training_step(model, optimizers, images, *batch), run.device)
     steps = len(images) // args.batch_size  # an epoch's
     figures = torch.zeros(steps, 4, device=run.device)
     untrained = [buffer.clone() for buffer in model.buffers()]
@@ -173,8 +172,7 @@ def train(run: Run, model: GAN, data: mnist.Data) -> None:
         model.train()
         for step, index in run.steps(mnist.batches(len(images), args.batch_size, run.device), steps):
             if epoch > 0:
-                decay = experiment.averaging(step, DECAY)
-                figures[step % steps] = training_step(model, optimizers, images, index, decay)
+                figures[step % steps] = take_step(index, experiment.averaging(step, DECAY))
             else:
                 figures[step % steps] = untrained_step(model, images, index)
         if epoch == 0:

@@ -276,11 +276,6 @@ def draw_batch(images: Tensor, index: Tensor) -> Tensor:
     return dequantised(pixels, torch.rand(pixels.shape, device=images.device))
 
 
-def make_optimizer(model: Flow, lr: float) -> torch.optim.Optimizer:
-    """Adam in one pass over the parameters."""
-    return torch.optim.Adam(model.parameters(), lr=lr, betas=BETAS, fused=True)
-
-
 def training_step(
     model: Flow, optimizer: torch.optim.Optimizer, images: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -304,9 +299,10 @@ def train(run: Run, model: Flow, data: mnist.Data) -> None:
     of the run. `gradient_norm` is the greatest of an epoch's steps, before clipping.
     """
     args = run.args
-    optimizer = make_optimizer(model, args.lr)
+    optimizer = experiment.adam(model.parameters(), args.lr, betas=BETAS)
     run.start(model=model, optimizer=optimizer)
     images = data.train_images
+    take_step = experiment.Captured(lambda index: training_step(model, optimizer, images, index), run.device)
     evaluated = {
         "train_bpd": evaluation_set(images[:EVALUATION_IMAGES], "training"),
         "val_bpd": evaluation_set(data.validation_images, "validation"),
@@ -318,7 +314,7 @@ def train(run: Run, model: Flow, data: mnist.Data) -> None:
         if epoch > 0:
             for step, index in run.steps(mnist.batches(len(images), args.batch_size, run.device), steps):
                 experiment.set_lr(optimizer, args.lr * experiment.warmup_cosine(step, args.epochs * steps, WARMUP))
-                losses[step % steps], norms[step % steps] = training_step(model, optimizer, images, index)
+                losses[step % steps], norms[step % steps] = take_step(index)
                 if step == steps // 4:  # only in epoch 1, as steps are counted over the whole run
                     figures = {"early_val_bpd": mean_bpd(model, evaluated["val_bpd"]), "early_seconds": run.elapsed}
             run.check_finite(gradient_norm=norms, loss=losses)

@@ -74,7 +74,7 @@ def q1_1_autoencoder(data: mnist.Data, judged_by: judge.Judge, out: Path) -> dic
     for name, variational in (("autoencoder", False), ("vae", True)):
         torch.manual_seed(0)
         model = vae.VAE(2)
-        optimizer = vae.make_optimizer(model, 1e-3)
+        optimizer = experiment.adam(model.parameters(), 1e-3)
         for _ in range(AUTOENCODER_EPOCHS):
             for index in mnist.batches(len(images), 320):
                 pixels, eps = vae.draw_batch(images, index, 2)

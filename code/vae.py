@@ -138,11 +138,6 @@ def draw_batch(images: Tensor, index: Tensor, z_dim: int) -> tuple[Tensor, Tenso
     return x, torch.randn(len(index), z_dim, device=images.device)
 
 
-def make_optimizer(model: VAE, lr: float) -> torch.optim.Optimizer:
-    """Adam in one pass over the parameters."""
-    return torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-
-
 def training_step(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, index: Tensor) -> Tensor:
     """One step of Adam down eq:loss on images[index], (batch,) of images (n, 784) uint8: minus the mean ELBO, detached.
 
@@ -159,9 +154,10 @@ def training_step(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, 
 def train(run: Run, model: VAE, data: mnist.Data) -> None:
     """Maximise the ELBO for the run's epochs, recording it on fixed pixels and fixed eps after each."""
     args = run.args
-    optimizer = make_optimizer(model, args.lr)
+    optimizer = experiment.adam(model.parameters(), args.lr)
     run.start(model=model, optimizer=optimizer)
     images = data.train_images.flatten(1)
+    take_step = experiment.Captured(lambda index: training_step(model, optimizer, images, index), run.device)
     steps = len(images) // args.batch_size  # an epoch's
     losses = torch.zeros(steps, device=run.device)
     train_set = evaluation_set(images[:EVALUATION_IMAGES], "training", model.z_dim)
@@ -170,7 +166,7 @@ def train(run: Run, model: VAE, data: mnist.Data) -> None:
         if epoch > 0:
             for step, index in run.steps(mnist.batches(len(images), args.batch_size, run.device), steps):
                 experiment.set_lr(optimizer, args.lr * experiment.warmup_cosine(step, args.epochs * steps, WARMUP))
-                losses[step % steps] = training_step(model, optimizer, images, index)
+                losses[step % steps] = take_step(index)
             run.check_finite(loss=losses)
         keep_frame(run, model)
         run.record(

@@ -59,12 +59,12 @@ def collect(root: Path) -> dict[Path, str]:
         tables = {
             "results": results_table(results), "bits": bits_table(results), "judged": judged_table(results),
             "healthy": healthy_table(results), "game": game_table(results), "chosen": chosen_table(results),
-            "flow": flow_table(results), "theory": theory_sentence(results),
+            "flow": flow_table(results), "theory": theory_sentence(results), "gpu": gpu_table(results),
         }  # fmt: skip
         files[root / "README.md"] = between_markers(root / "README.md", tables)
         if "bench" in results:
-            tables = {"ceiling": ceiling_table(results["bench"]), "ladder": ladder_table(results["bench"])}
-            tables["tried"] = tried_table(results["bench"])
+            tables = {"ceiling": ceiling_table(results), "ladder": ladder_table(results["bench"])}
+            tables |= {"tried": tried_table(results["bench"]), "growth": growth_table(results["bench"])}
             files[root / "docs" / "speed.md"] = between_markers(root / "docs" / "speed.md", tables)
         for script, commands in COMMANDS.items():
             source = (root / script).read_text(encoding="utf-8")
@@ -247,6 +247,26 @@ def theory_sentence(results: dict[str, dict]) -> str:
     return f"The {times} {measured_on([results['theory']['environment']])}"
 
 
+def gpu_table(results: dict[str, dict]) -> str:
+    """README's table of the same runs on a GPU, from figures/<run>_cuda.json."""
+    rows, totals, environments = [], [], []
+    for run in RUNS:
+        here, there = (results.get(name, {}).get("result", {}).get("train_seconds") for name in (run, f"{run}_cuda"))
+        totals.append((here, there))
+        reached = claim(results[f"{run}_cuda"]).rpartition(";")[0] if there else "-"
+        rows.append((f"`{run}`", *map(measured_seconds, (here, there)), reached))
+        environments += [results[f"{run}_cuda"]["environment"]] if there else []
+    sums = (sum(each) if all(each) else None for each in zip(*totals))
+    rows.append(("all four", *map(measured_seconds, sums), "-"))
+    table = markdown(("run", "training on the CPU", "on the GPU", "reached on the GPU"), rows)
+    return f"{table}\n\n{measured_on(environments)}" if environments else table
+
+
+def measured_seconds(value: float | None) -> str:
+    """Seconds, or that there are none."""
+    return "not measured" if value is None else f"{value:.0f} s"
+
+
 def class_range(counts: list[int]) -> str:
     """The smallest and the largest share."""
     return f"{100 * min(counts) / sum(counts):.1f}% and {100 * max(counts) / sum(counts):.1f}%"
@@ -302,7 +322,11 @@ def chosen_table(results: dict[str, dict]) -> str:
 
 def measured_on(environments: Iterable[dict]) -> str:
     """The sentence that names the machines."""
-    machines = {f"{each['cpu']}, {each['threads']} threads, torch {each['torch']}" for each in environments}
+    machines = {
+        (f"{each['cpu']}, {each['threads']} threads" if each["device"] in ("cpu", "mps") else each["device"])
+        + f", torch {each['torch']}"
+        for each in environments
+    }
     return f"Measured on {'; '.join(sorted(machines))}."
 
 
@@ -321,19 +345,22 @@ def seconds_until(history: list[dict], key: str, passed: Callable[[float], bool]
     return math.inf
 
 
-def ceiling_table(bench: dict) -> str:
+def ceiling_table(results: dict[str, dict]) -> str:
     """docs/speed.md's tables of how near the machine's limit training runs, and of where a step's time goes."""
     rates, shares = [], []
-    for name, row in bench["models"].items():
-        numbers = (
-            f"{row[key]:,.0f}" for key in ("images_per_second", "gflops", "ceiling_gflops", "percent_of_ceiling")
-        )
-        rates.append((f"`{name}`", *numbers, f"{row['products_gflops']:,.0f}", f"{row['parameters']:,}"))
-        parts = (f"{share:.0f}%" for share in row["percent_of_step"].values())
-        shares.append((f"`{name}`", *parts, f"{row['evaluation_percent_of_epoch']:.0f}%"))
+    measured = [(results[name], where) for name, where in (("bench", ""), ("bench_cuda", ", GPU")) if name in results]
+    for bench, where in measured:
+        for name, row in bench["models"].items():
+            keys = ("images_per_second", "gflops", "ceiling_gflops", "percent_of_ceiling", "products_gflops")
+            rates.append((f"`{name}`{where}", *(f"{row[key]:,.0f}" for key in keys), f"{row['parameters']:,}"))
+            parts = (f"{share:.0f}%" for share in row["percent_of_step"].values())
+            shares.append((f"`{name}`{where}", *parts, f"{row['evaluation_percent_of_epoch']:.0f}%"))
     head = ("model", "images/s", "GFLOP/s", "ceiling, GFLOP/s", "% of ceiling", "its products alone", "parameters")
     rest = ("model", "products", "data and noise", "optimizer", "elementwise and rest", "evaluation, of an epoch")
-    where = f"Medians of {bench['rounds']} rounds. {measured_on([bench['environment']])}"
+    where = measured_on(bench["environment"] for bench, _ in measured)
+    where = f"Medians of {results['bench']['rounds']} rounds. {where}"
+    if "bench_cuda" not in results:
+        where += " On a GPU: not measured."
     return "\n\n".join([markdown(head, rates), "Of a step's time:", markdown(rest, shares), where])
 
 
@@ -355,6 +382,20 @@ def tried_table(bench: dict) -> str:
             extra = f" (after {row['compile_seconds']:.0f} s of compiling)" if "compiled" in variant else ""
             rows.append((f"`{name}`", variant + extra, f"{rate / row['images_per_second']:.2f}"))
     return markdown(("model", "variant", "times the script's images/s"), rows)
+
+
+def growth_table(bench: dict) -> str:
+    """docs/speed.md's table of how time and memory grow."""
+    rows = []
+    for what, scripts in bench["growth"].items():
+        for name, points in scripts.items():
+            per = (1 if what == "images" else point["images"] / 1000 for point in points.values())
+            times = ", ".join(rounded("", point["seconds"] / each) for point, each in zip(points.values(), per))
+            memory = ", ".join(f"{point['memory_mib'] or math.nan:,.0f}" for point in points.values())
+            values = ", ".join(f"{int(value):,}" for value in points)
+            rows.append((what.replace("_", " "), f"`{name}`", values, times, memory))
+    head = ("what grows", "model", "values", "seconds per 1,000 images (of an epoch, where images grow)")
+    return markdown((*head, "memory, MiB"), rows)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import gan
-import mnist
 import nf
 import vae
 
-BLANK = mnist.Data(torch.zeros(60_000, 28, 28, dtype=torch.uint8), None, None, None)
+BLANK = torch.zeros(60_000, 28, 28, dtype=torch.uint8)
 
 
 def multiplications(model: torch.nn.Module) -> list[int]:
@@ -23,7 +22,7 @@ def multiplications(model: torch.nn.Module) -> list[int]:
 
 def test_flops_are_those_of_the_layers():
     """Forward, weights' gradient, inputs' gradient, the last but for the first layer: a product each, twice counted."""
-    case = bench.vae_case(20, BLANK)
+    case = bench.vae_case(BLANK)
     encoder = multiplications(case.model.encoder)
     expected = 3 * sum(multiplications(case.model)) - encoder[0]
     assert bench.products(case, torch.device("cpu"))[1] == 2 * expected
@@ -46,7 +45,7 @@ def test_flops_of_convolutions_are_those_of_the_layers():
 
 
 def test_products_are_repeated_as_they_were():
-    case = bench.vae_case(20, BLANK)
+    case = bench.vae_case(BLANK)
     repeat, flops = bench.products(case, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
         repeat()
@@ -70,7 +69,7 @@ def test_the_textbook_loop_trains_the_same_objective(monkeypatch):
     """With the same weights and noise, the textbook's step leaves the weights where default Adam on our ELBO does."""
     batch = torch.ones(320, 1, 28, 28)  # certain pixels: both draw the same
     models = alike(monkeypatch, vae, "VAE")
-    case = bench.vae_case(20, BLANK)
+    case = bench.vae_case(BLANK)
     step = case.textbook(fused=False, item=True)
     ours, textbook = models[0], models[-1]
     torch.manual_seed(1)
@@ -95,7 +94,7 @@ def test_the_gans_textbook_loop_takes_the_same_step(monkeypatch):
     monkeypatch.setattr(gan, "DROPOUT", 0.0)
     pixels = torch.randint(256, (128, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     models = alike(monkeypatch, gan, "GAN")
-    case = bench.gan_case(mnist.Data(pixels, None, None, None))
+    case = bench.gan_case(pixels)
     step = case.textbook(fused=False, item=True)
     ours, textbook = models[0], models[-1]
     torch.manual_seed(1)
@@ -110,7 +109,7 @@ def test_the_flows_textbook_loop_takes_the_same_step(monkeypatch):
     """With the same weights and noise it leaves the weights where the script's step does."""
     pixels = torch.randint(256, (16, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     models = alike(monkeypatch, nf, "Flow")
-    case = bench.nf_case(mnist.Data(pixels, None, None, None))
+    case = bench.nf_case(pixels)
     step = case.textbook(fused=False, item=True)
     ours, textbook = models[0], models[-1]
     before = [parameter.detach().clone() for parameter in ours.parameters()]
@@ -144,6 +143,7 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "STEPS", 2)
     monkeypatch.setattr(nf, "EVALUATION_IMAGES", 100)
     monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(bench, "GROWTH", {"batch_size": {"vae": (80, 1280)}, "threads": {"vae": (1,)}})
     assert bench.main(["--rounds", "1", "--data-dir", str(data_dir), "--out", str(tmp_path), "--device", "cpu"]) == 0
     content = json.loads((tmp_path / "figures" / "bench.json").read_text())
     rows = content["models"]
@@ -151,10 +151,15 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
     assert rows["gan"]["parameters"] == 2_041_745  # not counting the average
     assert rows["nf"]["parameters"] == sum(p.numel() for p in nf.Flow(4).parameters())
     assert "vae_z20" in capsys.readouterr().out
+    (small, large), times = content["growth"]["batch_size"]["vae"].values(), content["growth"]["threads"]["vae"]
+    assert small["images"] == large["images"] == 7680
+    assert 5 < small["memory_mib"] < large["memory_mib"] - 10  # one layer's activations are 10 MiB more
+    assert min(point["seconds"] for point in (small, large, *times.values())) > 0
+    assert (tmp_path / "figures" / "bench_growth.pdf").exists()
 
 
 def test_the_table_follows_from_the_medians(data_dir, monkeypatch):
-    case = bench.vae_case(20, BLANK)
+    case = bench.vae_case(BLANK)
     medians = {"ceiling": 1.0, "the script's step": 2.0, "textbook loop": 9.0, "products": 1.0, "data": 0.2}
     medians |= {"optimizer": 0.3, "evaluation": 0.1}
     monkeypatch.setattr(bench, "seconds", lambda function, device: 1.0)
@@ -167,4 +172,4 @@ def test_the_table_follows_from_the_medians(data_dir, monkeypatch):
     )
     flops = images * row["flops_per_image"]
     assert row["percent_of_ceiling"] == pytest.approx(100 * flops / 2 / (bench.CEILING_PRODUCTS * 2 * 1024**3))
-    assert row["evaluation_percent_of_epoch"] == pytest.approx(100 * 0.1 / (2 * 50_000 / images + 0.1))
+    assert row["evaluation_percent_of_epoch"] == pytest.approx(100 * 0.1 / (2 * len(BLANK) / images + 0.1))

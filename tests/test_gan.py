@@ -132,7 +132,7 @@ def test_13_each_step_leaves_the_other_networks_gradients_empty():
         optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
     before = [parameter.detach().clone() for parameter in model.parameters()]
     images = torch.randint(256, (20, mnist.PIXELS), dtype=torch.uint8)
-    gan.training_step(model, optimizers, images, torch.arange(20), 0.9)
+    gan.training_step(model, optimizers, images, torch.arange(20), 0.1)
     assert seen == [("d", False, True), ("g", True, False)]
     assert all(not torch.equal(*pair) for pair in zip(before, model.parameters()) if pair[0].ndim == 2)
 
@@ -147,7 +147,7 @@ def test_a_step_is_the_textbooks_two_steps(monkeypatch):
         models.append(gan.GAN())
     ours, plain = models
     torch.manual_seed(3)
-    figures = gan.training_step(ours, gan.make_optimizers(ours, 1e-3), images, torch.arange(30), 0.9)
+    figures = gan.training_step(ours, gan.make_optimizers(ours, 1e-3), images, torch.arange(30), 0.1)
     torch.manual_seed(3)
     z_d, z_g = torch.randn(2, 30, gan.Z_DIM)
     assert not torch.equal(z_d, z_g)
@@ -222,12 +222,12 @@ def test_the_running_average_is_one():
     expected = [parameter.detach().clone() for parameter in model.average.parameters()]
     assert all(torch.equal(*pair) for pair in zip(expected, model.generator.parameters()))
     for decay in (0.9, 0.5):
-        gan.training_step(model, optimizers, images, torch.arange(20), decay)
+        gan.training_step(model, optimizers, images, torch.arange(20), 1 - decay)
         expected = [decay * a + (1 - decay) * b for a, b in zip(expected, model.generator.parameters())]
     for average, value in zip(model.average.parameters(), expected):
         torch.testing.assert_close(average, value)
-    decays = [experiment.averaging(step, 0.99) for step in (0, 90, 891, 10_000)]
-    assert decays == pytest.approx([0.1, 0.91, 0.99, 0.99], abs=1e-3)
+    shares = [experiment.averaging(step, 0.99) for step in (0, 90, 891, 10_000)]
+    assert shares == pytest.approx([0.9, 0.09, 0.01, 0.01], abs=1e-3)
 
 
 # Pictures and records

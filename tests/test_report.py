@@ -92,7 +92,7 @@ def test_bibliography_and_citations_agree():
     assert {key for keys in cited for key in keys.split(",")} == set(entries) and len(entries) == len(set(entries))
 
 
-ENVIRONMENT = {"cpu": "C_1 & D", "threads": 2, "torch": "T"}
+ENVIRONMENT = {"cpu": "C_1 & D", "threads": 2, "torch": "T", "device": "cpu"}
 
 
 def write_json(checkout, name, content):
@@ -105,8 +105,8 @@ def checkout(tmp_path):
     for folder in ("figures", "code", "docs"):
         (tmp_path / folder).mkdir()
     marked = {
-        "README.md": ("results", "bits", "judged", "healthy", "game", "chosen", "flow", "theory"),
-        "docs/speed.md": ("ceiling", "ladder", "tried"),
+        "README.md": ("results", "bits", "judged", "healthy", "game", "chosen", "flow", "theory", "gpu"),
+        "docs/speed.md": ("ceiling", "ladder", "tried", "growth"),
     }
     for path, markers in marked.items():
         text = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in markers)
@@ -145,7 +145,11 @@ def checkout(tmp_path):
     row |= {"percent_of_step": {"products": 80, "data_and_noise": 5, "optimizer": 5, "elementwise_and_rest": 10}}
     row |= {"ladder_images_per_second": {"textbook loop": 10_000, "the script's step": 20_000}}
     row |= {"tried_images_per_second": {"the objective compiled": 22_000, "twice the batch size": 21_000}}
-    write_json(tmp_path, "bench", {"models": {"vae_z20": row}, "environment": ENVIRONMENT, "rounds": 7})
+    points = {"8": {"seconds": 3.0, "images": 1500, "memory_mib": 1234.5}}
+    grows = {"width": {"vae": points}, "images": {"nf": points}}
+    bench = {"models": {"vae_z20": row}, "environment": ENVIRONMENT, "rounds": 7, "growth": grows}
+    write_json(tmp_path, "bench", bench)
+    write_json(tmp_path, "gan_cuda", {**gan, "environment": {**ENVIRONMENT, "device": "G"}})
     return tmp_path
 
 
@@ -183,6 +187,10 @@ def test_numbers_follow_the_json(checkout):
         "| `nf` | 20.1 | 0.750 | 0.625 | 40.0% and 60.0% | 2000 s | 0.020 s |",
         "| 1/4 | - | 1.840 | - |\n| 1 | 1.900 | 2.000 | 100.0 |\n| 2 to 4 |  |  | at most 50.0 |",
         "The 2 computations took 42 s, the longest 40 s. Measured on C_1 & D, 2 threads, torch T.",
+        "| `vae_z20` | 1234 s | not measured | - |",
+        "| `gan` | 2000 s | 2000 s | Frechet distance 20.1, precision 0.750, recall 0.625 |",
+        "| all four | not measured | not measured | - |",
+        "Measured on G, torch T.",
     ):
         assert expected in files["README.md"]
     for expected in (
@@ -190,6 +198,9 @@ def test_numbers_follow_the_json(checkout):
         "| `vae_z20` | 80% | 5% | 5% | 10% | 9% |",
         "| `vae_z20` | the script's step | 20,000 | 2.00 |",
         "| `vae_z20` | the objective compiled (after 21 s of compiling) | 1.10 |",
+        "| width | `vae` | 8 | 2 | 1,234 |",
+        "| images | `nf` | 8 | 3 | 1,234 |",
+        "torch T. On a GPU: not measured.",
     ):
         assert expected in files["speed.md"]
     for name in ("README.md", "speed.md"):

@@ -1,0 +1,172 @@
+"""A training step as a CUDA graph: what of it can be tested on a CPU, and the rest where there is a GPU."""
+
+import contextlib
+import types
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import experiment
+import gan
+import mnist
+import nf
+import vae
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+CUDA = torch.device("cuda")
+
+
+def training(script: str, device: torch.device) -> tuple[list[torch.Tensor], object]:
+    """The state of a fresh model, and its captured training step: on the batch's index, and the step's number."""
+    torch.manual_seed(0)
+    images = torch.randint(256, (64, 28, 28), dtype=torch.uint8).to(device)
+    if script == "gan":
+        model = gan.GAN().to(device)
+        optimizers = gan.make_optimizers(model, 1e-3)
+        step = experiment.Captured(
+            lambda *batch: gan.training_step(model, optimizers, images.flatten(1), *batch), device
+        )
+        return list(model.state_dict().values()), lambda index, number: step(index, 0.5 - number / 100)
+    model, module = (vae.VAE(2), vae) if script == "vae" else (nf.Flow(4), nf)
+    model.to(device)
+    optimizer = experiment.adam(model.parameters(), 1e-3)
+    images = images.flatten(1) if script == "vae" else images
+    step = experiment.Captured(lambda index: module.training_step(model, optimizer, images, index), device)
+
+    def scheduled(index: torch.Tensor, number: int) -> object:
+        experiment.set_lr(optimizer, 1e-3 / (1 + number))
+        return step(index)
+
+    return list(model.state_dict().values()), scheduled
+
+
+def test_on_a_cpu_a_call_is_the_steps_own():
+    calls = []
+    step = experiment.Captured(lambda *arguments: calls.append(arguments) or len(calls), torch.device("cpu"))
+    index = torch.arange(3)
+    assert [step(index, 0.25) for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+    assert all(arguments[0] is index and arguments[1] == 0.25 for arguments in calls)
+
+
+def test_after_warming_up_the_graph_is_fed_and_replayed(monkeypatch):
+    """With a stand-in for torch.cuda that records what is asked of it; the step adds up what it is given."""
+    asked, seen, total = [], set(), torch.zeros(())
+
+    def step(index: torch.Tensor, number: float | torch.Tensor) -> torch.Tensor:
+        asked.append("step")
+        seen.add(index.data_ptr())
+        return total.add_(index.sum() * number)
+
+    class Graph:
+        def replay(self) -> None:
+            asked.append("replay")
+            total.add_(captured._memory[0].sum() * captured._memory[1])
+
+    @contextlib.contextmanager
+    def recording(graph: Graph):
+        before = total.clone()
+        yield
+        total.copy_(before)  # a capture does not run what it records
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    stand_in = types.SimpleNamespace(
+        Stream=lambda: stream, current_stream=lambda: stream, stream=lambda _: contextlib.nullcontext(),
+        CUDAGraph=Graph, graph=lambda graph, stream: recording(graph),
+    )  # fmt: skip
+    monkeypatch.setattr(torch, "cuda", stand_in)
+    captured = experiment.Captured(step, CUDA)
+    expected = 0.0
+    for n in range(1, 8):
+        index = torch.tensor([n, 2 * n])
+        expected += 3 * n * (0.5 + n)
+        assert float(captured(index, 0.5 + n)) == expected
+    assert asked == ["step"] * captured.WARM_UP + ["step"] + ["replay"] * (7 - captured.WARM_UP)
+    assert len(seen) == 1  # the graph reads the memory that it was warmed up on
+
+
+def test_adam_is_torchs_and_keeps_its_settings_when_it_is_loaded():
+    ours, theirs = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizers = experiment.adam([ours], 0.1, betas=(0.5, 0.9)), torch.optim.Adam([theirs], lr=0.1, betas=(0.5, 0.9))
+    for step in range(4):
+        for parameter, optimizer in zip((ours, theirs), optimizers):
+            if step == 2:
+                experiment.set_lr(optimizer, 0.01)
+            parameter.grad = torch.tensor([1.0, -2.0, 0.5]) * (step + 1)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+    state = optimizers[0].state_dict()
+    state["param_groups"][0] |= {"lr": torch.tensor(0.25), "capturable": True}  # as a run on CUDA leaves them
+    again = experiment.adam([torch.nn.Parameter(torch.ones(3))], 0.1)
+    again.load_state_dict(state)
+    (group,) = again.param_groups
+    assert group["lr"] == 0.25 and type(group["lr"]) is float and group["capturable"] is False
+    assert group["betas"] == (0.5, 0.9)
+
+
+class NoReadingBack(TorchDispatchMode):
+    """Fails where a program on a GPU would have to wait for it: numbers, truth values and sizes out of tensors."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket._qualified_op_name
+        assert name not in {f"aten::{each}" for each in ("_local_scalar_dense", "nonzero", "masked_select", "equal")}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("script", ["vae", "gan", "nf"])
+def test_a_step_reads_nothing_back(script):
+    _, step = training(script, torch.device("cpu"))
+    step(torch.arange(32), 0)
+    with NoReadingBack():
+        step(torch.arange(32), 1)
+    with pytest.raises(AssertionError), NoReadingBack():
+        torch.ones(2).sum().item()
+
+
+def test_a_rate_on_the_device_is_changed_in_place():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=torch.tensor(0.5))
+    rate = optimizer.param_groups[0]["lr"]
+    experiment.set_lr(optimizer, 0.25)
+    assert optimizer.param_groups[0]["lr"] is rate and rate == 0.25
+
+
+@needs_gpu
+@pytest.mark.parametrize("script", ["vae", "gan", "nf"])
+def test_replays_leave_the_weights_that_plain_steps_do(script, monkeypatch):
+    """With the same random numbers, hence on noise that is new at every step in both, and another index each time."""
+    left = []
+    for warm_up in (3, 100):
+        monkeypatch.setattr(experiment.Captured, "WARM_UP", warm_up)
+        parameters, step = training(script, CUDA)
+        torch.manual_seed(1)
+        for number in range(8):
+            step(torch.arange(32, device=CUDA) + number, number)
+        left.append(parameters)
+    for one, other in zip(*left):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@needs_gpu
+def test_random_numbers_differ_from_replay_to_replay():
+    torch.manual_seed(0)
+    step = experiment.Captured(lambda index: torch.rand(1000, device=index.device), CUDA)
+    drawn = [step(torch.arange(2, device=CUDA)).clone() for _ in range(8)]
+    for n, one in enumerate(drawn):
+        assert abs(one.mean() - 0.5) < 4 / 12**0.5 / 1000**0.5
+        assert not any(torch.equal(one, other) for other in drawn[:n])
+
+
+@needs_gpu
+@pytest.mark.parametrize("script", ["vae", "gan", "nf"])
+def test_a_step_does_not_wait_for_the_device(script):
+    _, step = training(script, CUDA)
+    losses = torch.zeros(8, device=CUDA)
+    for number in range(5):
+        step(torch.arange(32, device=CUDA), number)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number, index in zip(range(8), mnist.batches(64, 8, CUDA)):
+            returned = step(index.repeat(4), number)
+            losses[number] = (returned[0] if isinstance(returned, tuple) else returned).sum()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
