@@ -7,12 +7,13 @@ figure is the median of the rounds. (1) The ceiling: float32 multiplication of t
 training step, the very function that its script calls, with the floating-point operations of its matrix products and
 convolutions counted by PyTorch's own counter. (3) The same model and batch size in a textbook loop (a torchvision
 dataset with ToTensor, a DataLoader, default Adam, .item() at each step), and what each habit of the script adds to it.
-After that, how time and memory grow with width, batch size, number of images and threads, each point in a process of
-its own, whose memory is thus its own.
+After that, on a CPU, how time and memory grow with width, batch size, number of images and threads, each point in a
+process of its own, whose memory is thus its own.
 """
 
 import contextlib
 import functools
+import itertools
 import math
 import multiprocessing
 import random
@@ -301,35 +302,38 @@ TRAINING = {"vae": (vae, vae_training), "gan": (gan, gan_training), "nf": (nf, n
 
 
 class _Products(TorchDispatchMode):
-    """Keeps every matrix product and convolution that runs under it, with its operands."""
+    """Keeps every matrix product and convolution that runs under it, with its operands; counts all operations."""
 
     def __init__(self):
         super().__init__()
         self.calls: list[Callable[[], object]] = []
+        self.operations = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += not function.is_view
         if function.overloadpacket in flop_registry:
             operands = [each.detach() if isinstance(each, Tensor) else each for each in args]  # not what made them
             self.calls.append(functools.partial(function, *operands, **(kwargs or {})))
         return function(*args, **(kwargs or {}))
 
 
-def products(case: Case, device: torch.device) -> tuple[Callable[[], None], int]:
-    """A function that repeats the products of `case.steps` steps and nothing else; operations for each image.
+def products(case: Case, device: torch.device) -> tuple[Callable[[Tensor], None], int, int]:
+    """A function that repeats the products of a training step and nothing else, whatever the batch's indices; their
+    floating-point operations for each image; and how many calls into PyTorch's library the whole step is.
 
-    A multiply-add counts as two. Everything but matrix products and convolutions is left out.
+    A multiply-add counts as two. Everything but matrix products and convolutions is left out of the first two, and
+    views, which compute nothing, of the third.
     """
     index = next(indices(case, case.batch, device))
     with FlopCounterMode(display=False) as counter, _Products() as kept:
         case.step(index)
 
-    def run() -> None:
+    def repeat(index: Tensor) -> None:
         with torch.inference_mode():
-            for _ in range(case.steps):
-                for each in kept.calls:
-                    each()
+            for each in kept.calls:
+                each()
 
-    return run, counter.get_total_flops() // case.batch
+    return repeat, counter.get_total_flops() // case.batch, kept.operations
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -394,6 +398,9 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
         drawn = indices(case, int(times * case.batch), device)
         return lambda: [function(next(drawn)) for _ in range(int(case.steps / times))]
 
+    def captured(function: Callable[[Tensor], object], times: float = 1) -> Callable[[], None]:
+        return repeat(experiment.Captured(function, device), times)
+
     def resident(step: Callable[[Tensor], object]) -> Callable[[], None]:
         return repeat(lambda index: step(case.images[index] / 255))
 
@@ -402,17 +409,17 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
         "images resident, batches by index": resident(case.textbook(fused=False, item=True)),
         "and Adam fused": resident(case.textbook(fused=True, item=True)),
         "and no .item()": resident(case.textbook(fused=True, item=False)),
-        "the script's step": repeat(experiment.Captured(case.step, device)),
+        "the script's step": captured(case.step),
     }
-    tried = {name: repeat(step) for name, step in case.tried.items()}
+    tried = {name: captured(step) for name, step in case.tried.items()}
     for name, times in (("half the batch size", 0.5), ("twice the batch size", 2)):
-        tried[name] = repeat(experiment.Captured(case.step, device), times)
-    only_products, flops = products(case, device)
+        tried[name] = captured(case.step, times)
+    only_products, flops, operations = products(case, device)
     shares = {
         "ceiling": ceiling(device),
-        "products": only_products,
-        "data": repeat(case.data),
-        "optimizer": lambda: [case.optimizer() for _ in range(case.steps)],
+        "products": captured(only_products),
+        "data": captured(case.data),
+        "optimizer": captured(lambda index: case.optimizer()),
         "evaluation": case.evaluate,
     }
     compiling = None
@@ -431,6 +438,7 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
         "batch_size": case.batch,
         "parameters": sum(each.numel() for each in case.model.parameters() if each.requires_grad),
         "flops_per_image": flops,
+        "operations_per_step": operations,
         "ceiling_gflops": limit / 1e9,
         "products_gflops": flops * images / times["products"] / 1e9,
         "images_per_second": images / step,
@@ -450,13 +458,13 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
     }
 
 
-def grown(name: str, what: str, value: int, data_dir: Path, device_name: str) -> dict[str, float | None]:
-    """One point: seconds of an epoch of so many images, and the most memory in MiB that this process, a fresh one, held
-    in it beyond what it holds with its libraries loaded (None on Windows).
+def grown(name: str, what: str, value: int, data_dir: Path) -> dict[str, float | None]:
+    """One point: seconds of an epoch on the CPU, and the most memory in MiB that this process, a fresh one, held in it
+    beyond what it holds with its libraries loaded (None on Windows).
 
     name: the script; what: "width" of its hidden layers (channels, in the flow), "batch_size", "images" or "threads".
     """
-    device = experiment.device(device_name)
+    device = experiment.device("cpu")
     module, training = TRAINING[name]
     n, batch = GROWN_OVER[name], module.flags().parse_args([]).batch_size
     if what == "threads":
@@ -467,36 +475,39 @@ def grown(name: str, what: str, value: int, data_dir: Path, device_name: str) ->
         batch = value
     else:
         n = value
-    tiny = nn.Linear(1, 1, device=device)
-    updates(tiny, experiment.adam(tiny.parameters(), 1e-3))()  # loads what the first step of an optimizer does
+    tiny = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Flatten(), nn.Linear(mnist.PIXELS, 1))
+    tiny(torch.ones(8, 1, mnist.SIDE, mnist.SIDE)).sum().backward()  # libraries load much on first use
+    experiment.adam(tiny.parameters(), 1e-3).step()
     idle = peak_memory_from_here(device)
-    images = mnist.load("mnist", data_dir, device).images
+    images = mnist.load("mnist", data_dir).images
     images = images.repeat(math.ceil(n / len(images)), 1, 1)[:n].clone()
-    step = experiment.Captured(training(images)[2], device)
+    step = training(images)[2]
     peak_memory_from_here(device)  # loading takes more than training
-    for _ in range(experiment.Captured.WARM_UP + 1):
-        step(torch.arange(batch, device=device))
-    seconds(lambda: None, device)  # what is still under way
-    taken = seconds(lambda: [step(index) for index in mnist.batches(n, batch, device)], device)
+    for index in itertools.islice(mnist.batches(n, batch), 3):
+        step(index)
+    taken = seconds(lambda: [step(index) for index in mnist.batches(n, batch)], device)
     held = experiment.peak_memory_mib(device)
-    return {"seconds": taken, "memory_mib": None if held is None else held - idle, "images": n // batch * batch}
+    used = n // batch * batch
+    return {
+        "images": used,
+        "seconds": taken,
+        "seconds_per_1000_images": 1000 * taken / used,
+        "memory_mib": None if held is None else held - idle,
+    }
 
 
 def peak_memory_from_here(device: torch.device) -> float | None:
     """Makes `experiment.peak_memory_mib` count anew, where the system can, and returns it: what is held now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     return experiment.peak_memory_mib(device)
 
 
-def growth(data_dir: Path, device: torch.device) -> dict:
+def growth(data_dir: Path) -> dict:
     """Every point of GROWTH: what grows -> script -> value -> `grown`, the fastest of GROWTH_ROUNDS.
 
     Each round takes the points in another random order, so that a machine that drifts does not bend the curves, and the
-    fastest is the one least disturbed. Threads are the CPU's, as many as it has.
+    fastest is the one least disturbed. Of threads, at most as many as there are cores.
     """
     spawn, shuffled = multiprocessing.get_context("spawn"), random.Random(0)
     points = [
@@ -504,14 +515,14 @@ def growth(data_dir: Path, device: torch.device) -> dict:
         for what, scripts in GROWTH.items()
         for name, values in scripts.items()
         for value in values
-        if what != "threads" or (device.type == "cpu" and value <= torch.get_num_threads())
+        if what != "threads" or value <= torch.get_num_threads()
     ]
     found: dict = {}
     in_order = [point for _ in range(GROWTH_ROUNDS) for point in shuffled.sample(points, len(points))]
     for what, name, value in experiment.progress(in_order, "growth"):
         try:
             with ProcessPoolExecutor(1, mp_context=spawn) as fresh:
-                one = fresh.submit(grown, name, what, value, data_dir, device.type).result()
+                one = fresh.submit(grown, name, what, value, data_dir).result()
         except (BrokenExecutor, MemoryError):
             raise RunError(f"the process for {name} with {what} of {value} died: too little memory?") from None
         point = what, name, value
@@ -536,7 +547,8 @@ def draw_growth(path: Path, rows: dict) -> None:
         for name, points in scripts.items():
             style = {"marker": ".", "color": colours[name], "label": name}
             values = [point["images"] if what == "images" else int(value) for value, point in points.items()]
-            above.loglog(values, [seconds_shown(what, point) for point in points.values()], **style)
+            times = "seconds" if what == "images" else "seconds_per_1000_images"
+            above.loglog(values, [point[times] for point in points.values()], **style)
             below.loglog(values, [point["memory_mib"] or math.nan for point in points.values()], **style)
         above.set_title("an epoch" if what == "images" else "per 1,000 images", fontsize=9)
         below.set_xlabel(what.replace("_", " "))
@@ -552,11 +564,6 @@ def draw_growth(path: Path, rows: dict) -> None:
     whole.legend(*most.get_legend_handles_labels(), loc="outside upper center", ncols=len(colours), frameon=False)
     panels[len(rows)].set_ylabel("memory, MiB")
     pictures.save_figure(path, whole)
-
-
-def seconds_shown(what: str, point: dict[str, float]) -> float:
-    """Of an epoch where the number of images grows, else of 1,000 images."""
-    return point["seconds"] if what == "images" else 1000 * point["seconds"] / point["images"]
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -586,20 +593,21 @@ def flags() -> experiment.Parser:
 
 @experiment.exit_status
 def main(argv: list[str] | None = None) -> None:
-    """Measure every model and write figures/bench.json."""
+    """Measure every model and write figures/bench.json, or, elsewhere than on a CPU, figures/bench_<device>.json."""
     args = flags().parse_args(argv)
     device = experiment.device(args.device)
-    suffix = "_cuda" if device.type == "cuda" else ""
-    path = experiment.folder(args.out / "figures") / f"bench{suffix}.json"
+    name = "bench" if device.type == "cpu" else f"bench_{device.type}"
+    folder = experiment.folder(args.out / "figures")
     data = mnist.load("mnist", args.data_dir, device)
     rows = {}
     for case in (vae_case(data.train_images), gan_case(data.images), nf_case(data.train_images)):
         rows[case.name] = measure(case, args.rounds, args.data_dir, device)
     print(table(rows))
-    grows = growth(args.data_dir, device)
-    draw_growth(path.with_name(f"bench_growth{suffix}"), grows)
-    content = {"environment": experiment.environment(device), "rounds": args.rounds, "models": rows, "growth": grows}
-    experiment.write(path, experiment.json_bytes(content))
+    content = {"environment": experiment.environment(device), "rounds": args.rounds, "models": rows}
+    if device.type == "cpu":
+        content["growth"] = growth(args.data_dir)
+        draw_growth(folder / "bench_growth", content["growth"])
+    experiment.write(folder / f"{name}.json", experiment.json_bytes(content))
 
 
 if __name__ == "__main__":

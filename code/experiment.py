@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -287,7 +288,8 @@ class Captured:
             memory.fill_(number)
         if self._calls <= self.WARM_UP:
             self._aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._aside):
+            with torch.cuda.stream(self._aside), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*capturable=True")  # Adam's, of steps outside a graph
                 returned = self._step(*self._memory)
             torch.cuda.current_stream().wait_stream(self._aside)
             return returned

@@ -251,7 +251,7 @@ def gpu_table(results: dict[str, dict]) -> str:
     """README's table of the same runs on a GPU, from figures/<run>_cuda.json."""
     rows, totals, environments = [], [], []
     for run in RUNS:
-        here, there = (results.get(name, {}).get("result", {}).get("train_seconds") for name in (run, f"{run}_cuda"))
+        here, there = (train_seconds(results.get(name), on) for name, on in ((run, "cpu"), (f"{run}_cuda", "cuda")))
         totals.append((here, there))
         reached = claim(results[f"{run}_cuda"]).rpartition(";")[0] if there else "-"
         rows.append((f"`{run}`", *map(measured_seconds, (here, there)), reached))
@@ -260,6 +260,13 @@ def gpu_table(results: dict[str, dict]) -> str:
     rows.append(("all four", *map(measured_seconds, sums), "-"))
     table = markdown(("run", "training on the CPU", "on the GPU", "reached on the GPU"), rows)
     return f"{table}\n\n{measured_on(environments)}" if environments else table
+
+
+def train_seconds(result: dict | None, on: str) -> float | None:
+    """Of a run, if there is one and it was trained on a device of this kind: cpu or cuda."""
+    if result is None or (result["environment"]["device"] == "cpu") != (on == "cpu"):
+        return None
+    return result["result"]["train_seconds"]
 
 
 def measured_seconds(value: float | None) -> str:
@@ -352,10 +359,12 @@ def ceiling_table(results: dict[str, dict]) -> str:
     for bench, where in measured:
         for name, row in bench["models"].items():
             keys = ("images_per_second", "gflops", "ceiling_gflops", "percent_of_ceiling", "products_gflops")
-            rates.append((f"`{name}`{where}", *(f"{row[key]:,.0f}" for key in keys), f"{row['parameters']:,}"))
+            counts = (f"{row[key]:,}" for key in ("parameters", "operations_per_step"))
+            rates.append((f"`{name}`{where}", *(f"{row[key]:,.0f}" for key in keys), *counts))
             parts = (f"{share:.0f}%" for share in row["percent_of_step"].values())
             shares.append((f"`{name}`{where}", *parts, f"{row['evaluation_percent_of_epoch']:.0f}%"))
     head = ("model", "images/s", "GFLOP/s", "ceiling, GFLOP/s", "% of ceiling", "its products alone", "parameters")
+    head += ("operations a step",)
     rest = ("model", "products", "data and noise", "optimizer", "elementwise and rest", "evaluation, of an epoch")
     where = measured_on(bench["environment"] for bench, _ in measured)
     where = f"Medians of {results['bench']['rounds']} rounds. {where}"
@@ -389,13 +398,12 @@ def growth_table(bench: dict) -> str:
     rows = []
     for what, scripts in bench["growth"].items():
         for name, points in scripts.items():
-            per = (1 if what == "images" else point["images"] / 1000 for point in points.values())
-            times = ", ".join(rounded("", point["seconds"] / each) for point, each in zip(points.values(), per))
-            memory = ", ".join(f"{point['memory_mib'] or math.nan:,.0f}" for point in points.values())
+            times = ", ".join(f"{point['seconds_per_1000_images']:.3f}" for point in points.values())
+            held = (point["memory_mib"] for point in points.values())
+            memory = ", ".join("not measured" if each is None else f"{each:,.0f}" for each in held)
             values = ", ".join(f"{int(value):,}" for value in points)
             rows.append((what.replace("_", " "), f"`{name}`", values, times, memory))
-    head = ("what grows", "model", "values", "seconds per 1,000 images (of an epoch, where images grow)")
-    return markdown((*head, "memory, MiB"), rows)
+    return markdown(("what grows", "model", "values", "seconds per 1,000 images", "memory, MiB"), rows)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,11 @@ def tiny(monkeypatch) -> mnist.Data:
     monkeypatch.setattr(mnist, "IMAGES", 600)
     monkeypatch.setattr(mnist, "TRAIN", 500)
     monkeypatch.setattr(judge, "JUDGED", 200)
-    monkeypatch.setattr(mnist, "load", lambda dataset, data_dir, device="cpu": data)
+
+    def load(dataset: str, data_dir: object, device: torch.device | str = "cpu") -> mnist.Data:
+        return mnist.Data(**{name: each.to(device) for name, each in vars(data).items()})
+
+    monkeypatch.setattr(mnist, "load", load)
     return data
 
 

@@ -46,10 +46,18 @@ def test_flops_of_convolutions_are_those_of_the_layers():
 
 def test_products_are_repeated_as_they_were():
     case = bench.vae_case(BLANK)
-    repeat, flops = bench.products(case, torch.device("cpu"))
-    with FlopCounterMode(display=False) as counter:
-        repeat()
-    assert counter.get_total_flops() == case.steps * case.batch * flops
+    repeat, flops, operations = bench.products(case, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter, bench._Products() as kept:
+        repeat(torch.arange(3))
+    assert counter.get_total_flops() == case.batch * flops
+    assert 0 < kept.operations < operations
+
+
+def test_operations_are_counted_without_views():
+    x = torch.ones(3, 4)
+    with bench._Products() as kept:
+        (x.t() @ x).view(2, 8).add_(1)
+    assert kept.operations == 2 and len(kept.calls) == 1
 
 
 def alike(monkeypatch, module, name: str) -> list[torch.nn.Module]:

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import experiment
@@ -13,8 +14,15 @@ import mnist
 import nf
 import vae
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The GPU with the scripts' settings of it."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return experiment.device("cuda")
 
 
 def training(script: str, device: torch.device) -> tuple[list[torch.Tensor], object]:
@@ -123,6 +131,16 @@ def test_a_step_reads_nothing_back(script):
         torch.ones(2).sum().item()
 
 
+def test_batches_and_noise_are_drawn_where_the_images_are():
+    """On a device without numbers, as no other is sure to be there."""
+    meta = torch.device("meta")
+    images = torch.zeros(64, 28, 28, dtype=torch.uint8, device=meta)
+    index = next(iter(mnist.batches(64, 32, meta)))
+    drawn = [index, *vae.draw_batch(images.flatten(1), index, 2), *gan.draw_batch(images.flatten(1), index)]
+    drawn.append(nf.draw_batch(images, index))
+    assert [each.device for each in drawn] == 7 * [meta]
+
+
 def test_a_rate_on_the_device_is_changed_in_place():
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=torch.tensor(0.5))
     rate = optimizer.param_groups[0]["lr"]
@@ -130,42 +148,51 @@ def test_a_rate_on_the_device_is_changed_in_place():
     assert optimizer.param_groups[0]["lr"] is rate and rate == 0.25
 
 
-@needs_gpu
+def test_on_cuda_adams_rate_is_on_the_device():
+    """Also when the state is of a run on a CPU. With tensors that know their device and hold no numbers."""
+    state = experiment.adam([torch.nn.Parameter(torch.ones(2))], 0.1).state_dict()
+    with FakeTensorMode():
+        optimizer = experiment.adam([torch.nn.Parameter(torch.ones(2, device=CUDA))], 0.1)
+        for loaded in (False, True):
+            if loaded:
+                optimizer.load_state_dict(state)
+            (group,) = optimizer.param_groups
+            assert group["lr"].device.type == "cuda" and group["capturable"]
+
+
 @pytest.mark.parametrize("script", ["vae", "gan", "nf"])
-def test_replays_leave_the_weights_that_plain_steps_do(script, monkeypatch):
+def test_replays_leave_the_weights_that_plain_steps_do(script, monkeypatch, cuda):
     """With the same random numbers, hence on noise that is new at every step in both, and another index each time."""
     left = []
     for warm_up in (3, 100):
         monkeypatch.setattr(experiment.Captured, "WARM_UP", warm_up)
-        parameters, step = training(script, CUDA)
+        parameters, step = training(script, cuda)
         torch.manual_seed(1)
         for number in range(8):
-            step(torch.arange(32, device=CUDA) + number, number)
+            step(torch.arange(32, device=cuda) + number, number)
         left.append(parameters)
     for one, other in zip(*left):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@needs_gpu
-def test_random_numbers_differ_from_replay_to_replay():
+def test_random_numbers_differ_from_replay_to_replay(cuda):
     torch.manual_seed(0)
-    step = experiment.Captured(lambda index: torch.rand(1000, device=index.device), CUDA)
-    drawn = [step(torch.arange(2, device=CUDA)).clone() for _ in range(8)]
+    step = experiment.Captured(lambda index: torch.rand(1000, device=index.device), cuda)
+    drawn = [step(torch.arange(2, device=cuda)).clone() for _ in range(8)]
     for n, one in enumerate(drawn):
         assert abs(one.mean() - 0.5) < 4 / 12**0.5 / 1000**0.5
         assert not any(torch.equal(one, other) for other in drawn[:n])
 
 
-@needs_gpu
 @pytest.mark.parametrize("script", ["vae", "gan", "nf"])
-def test_a_step_does_not_wait_for_the_device(script):
-    _, step = training(script, CUDA)
-    losses = torch.zeros(8, device=CUDA)
+def test_a_step_does_not_wait_for_the_device(script, cuda):
+    _, step = training(script, cuda)
+    losses = torch.zeros(8, device=cuda)
     for number in range(5):
-        step(torch.arange(32, device=CUDA), number)
+        step(torch.arange(32, device=cuda), number)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for number, index in zip(range(8), mnist.batches(64, 8, CUDA)):
+        for number, index in zip(range(8), mnist.batches(64, 8, cuda)):
             returned = step(index.repeat(4), number)
             losses[number] = (returned[0] if isinstance(returned, tuple) else returned).sum()
     finally:

@@ -141,11 +141,13 @@ def checkout(tmp_path):
     seconds = {"q1_1": 40.4, "q1_4": 2.0}
     write_json(tmp_path, "theory", {"q1_4": answer, "environment": ENVIRONMENT, "seconds": seconds})
     rates = {"images_per_second": 20_000, "gflops": 100, "ceiling_gflops": 150, "percent_of_ceiling": 66.6}
-    row = {**rates, "products_gflops": 120, "parameters": 7, "evaluation_percent_of_epoch": 9, "compile_seconds": 21}
+    row = {**rates, "products_gflops": 120, "parameters": 7, "operations_per_step": 1234}
+    row |= {"evaluation_percent_of_epoch": 9, "compile_seconds": 21}
     row |= {"percent_of_step": {"products": 80, "data_and_noise": 5, "optimizer": 5, "elementwise_and_rest": 10}}
     row |= {"ladder_images_per_second": {"textbook loop": 10_000, "the script's step": 20_000}}
     row |= {"tried_images_per_second": {"the objective compiled": 22_000, "twice the batch size": 21_000}}
-    points = {"8": {"seconds": 3.0, "images": 1500, "memory_mib": 1234.5}}
+    points = {"8": {"seconds": 3.0, "images": 1500, "seconds_per_1000_images": 2.0, "memory_mib": 1234.5}}
+    points["16"] = {**points["8"], "memory_mib": None}
     grows = {"width": {"vae": points}, "images": {"nf": points}}
     bench = {"models": {"vae_z20": row}, "environment": ENVIRONMENT, "rounds": 7, "growth": grows}
     write_json(tmp_path, "bench", bench)
@@ -194,12 +196,11 @@ def test_numbers_follow_the_json(checkout):
     ):
         assert expected in files["README.md"]
     for expected in (
-        "| `vae_z20` | 20,000 | 100 | 150 | 67 | 120 | 7 |",
+        "| `vae_z20` | 20,000 | 100 | 150 | 67 | 120 | 7 | 1,234 |",
         "| `vae_z20` | 80% | 5% | 5% | 10% | 9% |",
         "| `vae_z20` | the script's step | 20,000 | 2.00 |",
         "| `vae_z20` | the objective compiled (after 21 s of compiling) | 1.10 |",
-        "| width | `vae` | 8 | 2 | 1,234 |",
-        "| images | `nf` | 8 | 3 | 1,234 |",
+        "| width | `vae` | 8, 16 | 2.000, 2.000 | 1,234, not measured |",
         "torch T. On a GPU: not measured.",
     ):
         assert expected in files["speed.md"]
