@@ -325,6 +325,7 @@ def products(case: Case, device: torch.device) -> tuple[Callable[[Tensor], None]
     views, which compute nothing, of the third.
     """
     index = next(indices(case, case.batch, device))
+    case.step(index)  # an optimizer's first makes its state
     with FlopCounterMode(display=False) as counter, _Products() as kept:
         case.step(index)
 
