@@ -55,11 +55,12 @@ judge: $(VENV)/filled  ## judge 10,000 samples of each model (trains the judge o
 	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz figures/gan_samples.npz figures/nf_samples.npz
 	$(PY) report/collect.py
 
-cuda: $(VENV)/filled  ## the four runs on a GPU, for README's table (figures/<run>_cuda.json)
+cuda: $(VENV)/filled  ## the four runs and the bench on a GPU (figures/*_cuda.json)
 	$(PY) code/vae.py --device cuda --out out/cuda
 	$(PY) code/vae.py --z-dim 2 --device cuda --out out/cuda
 	$(PY) code/gan.py --device cuda --out out/cuda
 	$(PY) code/nf.py --device cuda --out out/cuda
+	$(PY) code/bench.py --device cuda
 	for run in vae_z20 vae_z2 gan nf; do cp out/cuda/figures/$$run.json figures/$${run}_cuda.json || exit; done
 	$(PY) report/collect.py
 
@@ -71,7 +72,7 @@ seeds: $(VENV)/filled  ## train the VAE (z of 20) with two more seeds: the sprea
 	$(PY) report/collect.py
 
 bench: $(VENV)/filled  ## measure training's speed against the machine's ceiling (figures/bench*)
-	$(PY) code/bench.py
+	$(PY) code/bench.py --device cpu
 	$(PY) report/collect.py
 
 theory: $(VENV)/filled  ## check the report's pen-and-paper answers by computation (figures/theory*)

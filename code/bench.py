@@ -11,7 +11,6 @@ After that, on a CPU, how time and memory grow with width, batch size, number of
 process of its own, whose memory is thus its own.
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -49,7 +48,7 @@ GROWTH = {  # what grows -> script -> values, of which the script's own is one b
     "threads": {"vae": (1, 2), "gan": (1, 2), "nf": (1, 2)},
 }
 GROWN_OVER = {"vae": 7680, "gan": 5120, "nf": 960}  # images of an epoch, where it is not they that grow
-GROWTH_ROUNDS = 3
+GROWTH_ROUNDS = 4
 
 
 @dataclass
@@ -302,15 +301,15 @@ TRAINING = {"vae": (vae, vae_training), "gan": (gan, gan_training), "nf": (nf, n
 
 
 class _Products(TorchDispatchMode):
-    """Keeps every matrix product and convolution that runs under it, with its operands; counts all operations."""
+    """Keeps every matrix product and convolution that runs under it, with its operands; counts all calls."""
 
     def __init__(self):
         super().__init__()
         self.calls: list[Callable[[], object]] = []
-        self.operations = 0
+        self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operations += not function.is_view
+        self.count += not function.is_view
         if function.overloadpacket in flop_registry:
             operands = [each.detach() if isinstance(each, Tensor) else each for each in args]  # not what made them
             self.calls.append(functools.partial(function, *operands, **(kwargs or {})))
@@ -334,15 +333,15 @@ def products(case: Case, device: torch.device) -> tuple[Callable[[Tensor], None]
             for each in kept.calls:
                 each()
 
-    return repeat, counter.get_total_flops() // case.batch, kept.operations
+    return repeat, counter.get_total_flops() // case.batch, kept.count
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
     """Wall time of one call, in seconds, waiting for the device."""
     begin = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
     return time.perf_counter() - begin
 
 
@@ -415,7 +414,7 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
     tried = {name: captured(step) for name, step in case.tried.items()}
     for name, times in (("half the batch size", 0.5), ("twice the batch size", 2)):
         tried[name] = captured(case.step, times)
-    only_products, flops, operations = products(case, device)
+    only_products, flops, calls = products(case, device)
     shares = {
         "ceiling": ceiling(device),
         "products": captured(only_products),
@@ -439,7 +438,7 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
         "batch_size": case.batch,
         "parameters": sum(each.numel() for each in case.model.parameters() if each.requires_grad),
         "flops_per_image": flops,
-        "operations_per_step": operations,
+        "calls_per_step": calls,
         "ceiling_gflops": limit / 1e9,
         "products_gflops": flops * images / times["products"] / 1e9,
         "images_per_second": images / step,
@@ -459,78 +458,84 @@ def measure(case: Case, rounds: int, data_dir: Path, device: torch.device) -> di
     }
 
 
-def grown(name: str, what: str, value: int, data_dir: Path) -> dict[str, float | None]:
-    """One point: seconds of an epoch on the CPU, and the most memory in MiB that this process, a fresh one, held in it
-    beyond what it holds with its libraries loaded (None on Windows).
+def settings(name: str, **changed: int) -> dict[str, int]:
+    """What a script's points of the growth are measured with: its own settings, but for those `changed`.
 
-    name: the script; what: "width" of its hidden layers (channels, in the flow), "batch_size", "images" or "threads".
+    "width" is of its hidden layers (channels, in the flow); the GAN's are given by the assignment, and have none.
     """
-    device = experiment.device("cpu")
+    module, _ = TRAINING[name]
+    own = {} if module is gan else {"width": module.HIDDEN}
+    own["batch_size"] = module.flags().parse_args([]).batch_size
+    return {**own, "images": GROWN_OVER[name], "threads": torch.get_num_threads(), **changed}
+
+
+def grown(
+    name: str, data_dir: Path, batch_size: int, images: int, threads: int, width: int | None = None
+) -> dict[str, float | None]:
+    """Seconds of an epoch of so many images on the CPU, and the most memory in MiB that this process, a fresh one, held
+    in it beyond what it holds with its libraries loaded; None where the system has no such count.
+    """
     module, training = TRAINING[name]
-    n, batch = GROWN_OVER[name], module.flags().parse_args([]).batch_size
-    if what == "threads":
-        torch.set_num_threads(value)
-    elif what == "width":
-        module.HIDDEN = value
-    elif what == "batch_size":
-        batch = value
-    else:
-        n = value
+    torch.set_num_threads(threads)
+    if width is not None:
+        module.HIDDEN = width
     tiny = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Flatten(), nn.Linear(mnist.PIXELS, 1))
     tiny(torch.ones(8, 1, mnist.SIDE, mnist.SIDE)).sum().backward()  # libraries load much on first use
     experiment.adam(tiny.parameters(), 1e-3).step()
-    idle = peak_memory_from_here(device)
-    images = mnist.load("mnist", data_dir).images
-    images = images.repeat(math.ceil(n / len(images)), 1, 1)[:n].clone()
-    step = training(images)[2]
-    peak_memory_from_here(device)  # loading takes more than training
-    for index in itertools.islice(mnist.batches(n, batch), 3):
+    idle = peak_memory_from_here()
+    data = mnist.load("mnist", data_dir).images
+    step = training(data[torch.arange(images) % len(data)])[2]
+    del data
+    peak_memory_from_here()  # loading takes more than training
+    for index in itertools.islice(mnist.batches(images, batch_size), 3):
         step(index)
-    taken = seconds(lambda: [step(index) for index in mnist.batches(n, batch)], device)
-    held = experiment.peak_memory_mib(device)
-    used = n // batch * batch
+    taken = seconds(lambda: [step(index) for index in mnist.batches(images, batch_size)], torch.device("cpu"))
+    used = images // batch_size * batch_size
     return {
         "images": used,
         "seconds": taken,
         "seconds_per_1000_images": 1000 * taken / used,
-        "memory_mib": None if held is None else held - idle,
+        "memory_mib": None if idle is None else experiment.peak_memory_mib(torch.device("cpu")) - idle,
     }
 
 
-def peak_memory_from_here(device: torch.device) -> float | None:
-    """Makes `experiment.peak_memory_mib` count anew, where the system can, and returns it: what is held now."""
-    with contextlib.suppress(OSError):
+def peak_memory_from_here() -> float | None:
+    """Makes `experiment.peak_memory_mib` count anew, and returns what is held now; None where only Linux could."""
+    try:
         Path("/proc/self/clear_refs").write_text("5")
-    return experiment.peak_memory_mib(device)
+    except OSError:
+        return None
+    return experiment.peak_memory_mib(torch.device("cpu"))
 
 
 def growth(data_dir: Path) -> dict:
     """Every point of GROWTH: what grows -> script -> value -> `grown`, the fastest of GROWTH_ROUNDS.
 
-    Each round takes the points in another random order, so that a machine that drifts does not bend the curves, and the
-    fastest is the one least disturbed. Of threads, at most as many as there are cores.
+    Each round takes the points in another random order, as the machine drifts, and the fastest is the one least
+    disturbed. Of threads, at most as many as there are cores.
     """
     spawn, shuffled = multiprocessing.get_context("spawn"), random.Random(0)
-    points = [
-        (what, name, value)
+    points = {
+        (what, name, value): (name, *settings(name, **{what: value}).items())
         for what, scripts in GROWTH.items()
         for name, values in scripts.items()
         for value in values
         if what != "threads" or value <= torch.get_num_threads()
-    ]
+    }
+    different = sorted(set(points.values()))  # a script's own settings are a point of each thing that grows
     found: dict = {}
-    in_order = [point for _ in range(GROWTH_ROUNDS) for point in shuffled.sample(points, len(points))]
-    for what, name, value in experiment.progress(in_order, "growth"):
+    in_order = [each for _ in range(GROWTH_ROUNDS) for each in shuffled.sample(different, len(different))]
+    for each in experiment.progress(in_order, "growth"):
+        name, *pairs = each
         try:
             with ProcessPoolExecutor(1, mp_context=spawn) as fresh:
-                one = fresh.submit(grown, name, what, value, data_dir).result()
-        except (BrokenExecutor, MemoryError):
-            raise RunError(f"the process for {name} with {what} of {value} died: too little memory?") from None
-        point = what, name, value
-        found[point] = min(one, found.get(point, one), key=lambda each: each["seconds"])
+                one = fresh.submit(grown, name, data_dir, **dict(pairs)).result()
+        except (BrokenExecutor, MemoryError, RuntimeError) as error:
+            raise RunError(f"{name} with {dict(pairs)} failed: {error or 'too little memory'}") from error
+        found[each] = min(one, found.get(each, one), key=lambda point: point["seconds"])
     rows: dict = {}
-    for what, name, value in points:
-        rows.setdefault(what, {}).setdefault(name, {})[str(value)] = found[what, name, value]
+    for (what, name, value), each in points.items():
+        rows.setdefault(what, {}).setdefault(name, {})[str(value)] = found[each]
     return rows
 
 
@@ -547,7 +552,7 @@ def draw_growth(path: Path, rows: dict) -> None:
     for (what, scripts), above, below in zip(rows.items(), panels, panels[len(rows) :]):
         for name, points in scripts.items():
             style = {"marker": ".", "color": colours[name], "label": name}
-            values = [point["images"] if what == "images" else int(value) for value, point in points.items()]
+            values = [int(value) for value in points]
             times = "seconds" if what == "images" else "seconds_per_1000_images"
             above.loglog(values, [point[times] for point in points.values()], **style)
             below.loglog(values, [point["memory_mib"] or math.nan for point in points.values()], **style)
@@ -607,8 +612,9 @@ def main(argv: list[str] | None = None) -> None:
     content = {"environment": experiment.environment(device), "rounds": args.rounds, "models": rows}
     if device.type == "cpu":
         content["growth"] = growth(args.data_dir)
-        draw_growth(folder / "bench_growth", content["growth"])
     experiment.write(folder / f"{name}.json", experiment.json_bytes(content))
+    if "growth" in content:
+        draw_growth(folder / "bench_growth", content["growth"])
 
 
 if __name__ == "__main__":

@@ -251,22 +251,17 @@ def gpu_table(results: dict[str, dict]) -> str:
     """README's table of the same runs on a GPU, from figures/<run>_cuda.json."""
     rows, totals, environments = [], [], []
     for run in RUNS:
-        here, there = (train_seconds(results.get(name), on) for name, on in ((run, "cpu"), (f"{run}_cuda", "cuda")))
-        totals.append((here, there))
-        reached = claim(results[f"{run}_cuda"]).rpartition(";")[0] if there else "-"
-        rows.append((f"`{run}`", *map(measured_seconds, (here, there)), reached))
-        environments += [results[f"{run}_cuda"]["environment"]] if there else []
+        here, there = results.get(run), results.get(f"{run}_cuda")
+        if here and here["environment"]["device"] != "cpu":  # trained wherever `--device auto` was
+            here = None
+        totals.append([each and each["result"]["train_seconds"] for each in (here, there)])
+        reached = claim(there).rpartition(";")[0] if there else "-"
+        rows.append((f"`{run}`", *map(measured_seconds, totals[-1]), reached))
+        environments += [there["environment"]] if there else []
     sums = (sum(each) if all(each) else None for each in zip(*totals))
     rows.append(("all four", *map(measured_seconds, sums), "-"))
     table = markdown(("run", "training on the CPU", "on the GPU", "reached on the GPU"), rows)
     return f"{table}\n\n{measured_on(environments)}" if environments else table
-
-
-def train_seconds(result: dict | None, on: str) -> float | None:
-    """Of a run, if there is one and it was trained on a device of this kind: cpu or cuda."""
-    if result is None or (result["environment"]["device"] == "cpu") != (on == "cpu"):
-        return None
-    return result["result"]["train_seconds"]
 
 
 def measured_seconds(value: float | None) -> str:
@@ -359,12 +354,12 @@ def ceiling_table(results: dict[str, dict]) -> str:
     for bench, where in measured:
         for name, row in bench["models"].items():
             keys = ("images_per_second", "gflops", "ceiling_gflops", "percent_of_ceiling", "products_gflops")
-            counts = (f"{row[key]:,}" for key in ("parameters", "operations_per_step"))
+            counts = (f"{row[key]:,}" for key in ("parameters", "calls_per_step"))
             rates.append((f"`{name}`{where}", *(f"{row[key]:,.0f}" for key in keys), *counts))
             parts = (f"{share:.0f}%" for share in row["percent_of_step"].values())
             shares.append((f"`{name}`{where}", *parts, f"{row['evaluation_percent_of_epoch']:.0f}%"))
     head = ("model", "images/s", "GFLOP/s", "ceiling, GFLOP/s", "% of ceiling", "its products alone", "parameters")
-    head += ("operations a step",)
+    head += ("library calls a step",)
     rest = ("model", "products", "data and noise", "optimizer", "elementwise and rest", "evaluation, of an epoch")
     where = measured_on(bench["environment"] for bench, _ in measured)
     where = f"Medians of {results['bench']['rounds']} rounds. {where}"

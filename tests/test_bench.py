@@ -1,6 +1,7 @@
 """The bench counts and measures what it says."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import gan
+import mnist
 import nf
 import vae
 
@@ -46,18 +48,18 @@ def test_flops_of_convolutions_are_those_of_the_layers():
 
 def test_products_are_repeated_as_they_were():
     case = bench.vae_case(BLANK)
-    repeat, flops, operations = bench.products(case, torch.device("cpu"))
+    repeat, flops, calls = bench.products(case, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter, bench._Products() as kept:
         repeat(torch.arange(3))
     assert counter.get_total_flops() == case.batch * flops
-    assert 0 < kept.operations < operations
+    assert 0 < kept.count < calls
 
 
-def test_operations_are_counted_without_views():
+def test_calls_are_counted_without_views():
     x = torch.ones(3, 4)
     with bench._Products() as kept:
         (x.t() @ x).view(2, 8).add_(1)
-    assert kept.operations == 2 and len(kept.calls) == 1
+    assert kept.count == 2 and len(kept.calls) == 1
 
 
 def alike(monkeypatch, module, name: str) -> list[torch.nn.Module]:
@@ -151,7 +153,9 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "STEPS", 2)
     monkeypatch.setattr(nf, "EVALUATION_IMAGES", 100)
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    monkeypatch.setattr(bench, "GROWTH", {"batch_size": {"vae": (80, 1280)}, "threads": {"vae": (1,)}})
+    grows = {"batch_size": {"vae": (80, 1280)}, "width": {"vae": (416, 1248)}, "images": {"vae": (640, 61_440)}}
+    monkeypatch.setattr(bench, "GROWTH", {**grows, "threads": {"vae": (1,)}})
+    monkeypatch.setattr(bench, "GROWTH_ROUNDS", 1)
     assert bench.main(["--rounds", "1", "--data-dir", str(data_dir), "--out", str(tmp_path), "--device", "cpu"]) == 0
     content = json.loads((tmp_path / "figures" / "bench.json").read_text())
     rows = content["models"]
@@ -159,11 +163,35 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
     assert rows["gan"]["parameters"] == 2_041_745  # not counting the average
     assert rows["nf"]["parameters"] == sum(p.numel() for p in nf.Flow(4).parameters())
     assert "vae_z20" in capsys.readouterr().out
-    (small, large), times = content["growth"]["batch_size"]["vae"].values(), content["growth"]["threads"]["vae"]
-    assert small["images"] == large["images"] == 7680
-    assert 5 < small["memory_mib"] < large["memory_mib"] - 10  # one layer's activations are 10 MiB more
-    assert min(point["seconds"] for point in (small, large, *times.values())) > 0
     assert (tmp_path / "figures" / "bench_growth.pdf").exists()
+    points = {what: list(scripts["vae"].values()) for what, scripts in content["growth"].items()}
+    assert [point["images"] for point in points["images"] + points["batch_size"]] == [640, 61_440, 7680, 7680]
+    assert points["images"][1]["seconds"] > points["images"][0]["seconds"]
+    if sys.platform == "linux":
+        images, weights = (
+            2**20 * (more["memory_mib"] - less["memory_mib"]) for less, more in (points["images"], points["width"])
+        )
+        assert images > 0.8 * (61_440 - 640) * mnist.PIXELS
+        narrow = sum(each.numel() for each in vae.VAE(20).parameters())
+        monkeypatch.setattr(vae, "HIDDEN", 3 * vae.HIDDEN)
+        wide = sum(each.numel() for each in vae.VAE(20).parameters())
+        assert weights > 0.8 * 4 * 4 * (wide - narrow)  # themselves, their gradients, and Adam's two moments
+
+
+def test_a_point_of_the_growth_has_its_settings(tiny, monkeypatch, tmp_path):
+    threads, batches, widths = [], [], []
+    monkeypatch.setattr(vae, "HIDDEN", vae.HIDDEN)  # to be put back
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(vae, "training_step", lambda model, _, images, index: batches.append((len(images), len(index))))
+    build = vae.VAE
+    monkeypatch.setattr(vae, "VAE", lambda z_dim: widths.append(vae.HIDDEN) or build(z_dim))
+    for changed in ({"threads": 1}, {"width": 8}, {"batch_size": 64}, {"images": 960}):
+        bench.grown("vae", tmp_path, **bench.settings("vae", **changed))
+    own = torch.get_num_threads()
+    assert threads == [1, own, own, own] and widths == [416, 8, 8, 8]
+    assert sorted(set(batches)) == [(960, 320), (7680, 64), (7680, 320)]
+    assert batches.count((960, 320)) == 3 + 3 and batches.count((7680, 64)) == 3 + 120
+    assert "width" not in bench.settings("gan")
 
 
 def test_the_table_follows_from_the_medians(data_dir, monkeypatch):

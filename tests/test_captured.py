@@ -72,15 +72,21 @@ def test_after_warming_up_the_graph_is_fed_and_replayed(monkeypatch):
             total.add_(captured._memory[0].sum() * captured._memory[1])
 
     @contextlib.contextmanager
-    def recording(graph: Graph):
+    def working_on(stream: object):
+        asked.append("aside" if stream is aside else "elsewhere")
+        yield
+
+    @contextlib.contextmanager
+    def recording(graph: Graph, stream: object):
+        asked.append("record" if stream is aside else "elsewhere")
         before = total.clone()
         yield
         total.copy_(before)  # a capture does not run what it records
 
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    aside, main = (types.SimpleNamespace(wait_stream=waits) for waits in (asked.append, asked.append))
     stand_in = types.SimpleNamespace(
-        Stream=lambda: stream, current_stream=lambda: stream, stream=lambda _: contextlib.nullcontext(),
-        CUDAGraph=Graph, graph=lambda graph, stream: recording(graph),
+        Stream=lambda: aside, current_stream=lambda: main, stream=lambda stream: working_on(stream),
+        CUDAGraph=Graph, graph=lambda graph, stream: recording(graph, stream),
     )  # fmt: skip
     monkeypatch.setattr(torch, "cuda", stand_in)
     captured = experiment.Captured(step, CUDA)
@@ -89,7 +95,8 @@ def test_after_warming_up_the_graph_is_fed_and_replayed(monkeypatch):
         index = torch.tensor([n, 2 * n])
         expected += 3 * n * (0.5 + n)
         assert float(captured(index, 0.5 + n)) == expected
-    assert asked == ["step"] * captured.WARM_UP + ["step"] + ["replay"] * (7 - captured.WARM_UP)
+    plainly = [main, "aside", "step", aside]  # waits for what was before it, as what follows waits for it
+    assert asked == plainly * captured.WARM_UP + ["record", "step"] + ["replay"] * (7 - captured.WARM_UP)
     assert len(seen) == 1  # the graph reads the memory that it was warmed up on
 
 

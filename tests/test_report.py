@@ -141,7 +141,7 @@ def checkout(tmp_path):
     seconds = {"q1_1": 40.4, "q1_4": 2.0}
     write_json(tmp_path, "theory", {"q1_4": answer, "environment": ENVIRONMENT, "seconds": seconds})
     rates = {"images_per_second": 20_000, "gflops": 100, "ceiling_gflops": 150, "percent_of_ceiling": 66.6}
-    row = {**rates, "products_gflops": 120, "parameters": 7, "operations_per_step": 1234}
+    row = {**rates, "products_gflops": 120, "parameters": 7, "calls_per_step": 1234}
     row |= {"evaluation_percent_of_epoch": 9, "compile_seconds": 21}
     row |= {"percent_of_step": {"products": 80, "data_and_noise": 5, "optimizer": 5, "elementwise_and_rest": 10}}
     row |= {"ladder_images_per_second": {"textbook loop": 10_000, "the script's step": 20_000}}
