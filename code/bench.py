@@ -611,6 +611,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(rows))
     content = {"environment": experiment.environment(device), "rounds": args.rounds, "models": rows}
     if device.type == "cpu":
+        print("on a GPU: not measured (--device cuda)")
         content["growth"] = growth(args.data_dir)
     experiment.write(folder / f"{name}.json", experiment.json_bytes(content))
     if "growth" in content:

@@ -162,7 +162,8 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
     assert rows["vae_z20"]["parameters"] == sum(p.numel() for p in vae.VAE(20).parameters())
     assert rows["gan"]["parameters"] == 2_041_745  # not counting the average
     assert rows["nf"]["parameters"] == sum(p.numel() for p in nf.Flow(4).parameters())
-    assert "vae_z20" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "vae_z20" in printed and "on a GPU: not measured" in printed
     assert (tmp_path / "figures" / "bench_growth.pdf").exists()
     points = {what: list(scripts["vae"].values()) for what, scripts in content["growth"].items()}
     assert [point["images"] for point in points["images"] + points["batch_size"]] == [640, 61_440, 7680, 7680]
