@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -173,6 +174,7 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
             2**20 * (more["memory_mib"] - less["memory_mib"]) for less, more in (points["images"], points["width"])
         )
         assert images > 0.8 * (61_440 - 640) * mnist.PIXELS
+        assert 5 < points["images"][0]["memory_mib"] < 200  # without the libraries' hundreds
         narrow = sum(each.numel() for each in vae.VAE(20).parameters())
         monkeypatch.setattr(vae, "HIDDEN", 3 * vae.HIDDEN)
         wide = sum(each.numel() for each in vae.VAE(20).parameters())
@@ -193,6 +195,33 @@ def test_a_point_of_the_growth_has_its_settings(tiny, monkeypatch, tmp_path):
     assert sorted(set(batches)) == [(960, 320), (7680, 64), (7680, 320)]
     assert batches.count((960, 320)) == 3 + 3 and batches.count((7680, 64)) == 3 + 120
     assert "width" not in bench.settings("gan")
+
+
+def test_growth_keeps_the_fastest_and_measures_a_setting_once(monkeypatch, tmp_path):
+    calls = []
+
+    class Here:
+        """A pool that works in this process, and on numbers: each call is said to take less than the one before."""
+
+        def __init__(self, *_, **__): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def submit(self, function, name, data_dir, **settings):
+            calls.append((name, settings))
+            point = {"seconds": 100 - len(calls)}
+            return types.SimpleNamespace(result=lambda: point)
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(bench, "GROWTH", {"width": {"vae": (8, 416)}, "batch_size": {"vae": (320,), "nf": (24,)}})
+    rows = bench.growth(tmp_path)
+    different = [each for n, each in enumerate(calls) if each not in calls[:n]]
+    assert len(calls) == bench.GROWTH_ROUNDS * len(different) == bench.GROWTH_ROUNDS * 3
+    assert rows["width"]["vae"]["416"] == rows["batch_size"]["vae"]["320"]
+    last = {str(each): 100 - n for n, each in enumerate(calls, start=1)}
+    assert rows["width"]["vae"]["8"]["seconds"] == last[str(("vae", bench.settings("vae", width=8)))]
+    assert rows["batch_size"]["nf"]["24"]["seconds"] == last[str(("nf", bench.settings("nf", batch_size=24)))]
 
 
 def test_the_table_follows_from_the_medians(data_dir, monkeypatch):
