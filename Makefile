@@ -42,9 +42,25 @@ affine: $(VENV)/filled  ## train the flow with affine maps alone, for as many mi
 	cp out/affine/figures/nf.json figures/nf_affine.json
 	$(PY) report/collect.py
 
-trials: $(VENV)/filled  ## train the GAN for some epochs with other settings, judged on validation (figures/trials.json)
-	$(PY) code/trials.py
+# What is changed in a trial of the GAN, as flags.
+trial_as_it_is :=
+trial_other_seed := --seed 1
+trial_beta1_half := --betas 0.5 0.999
+trial_betas_default := --betas 0.9 0.999
+trial_beta2_lower := --betas 0 0.99
+trial_not_averaged := --decay 0
+trial_lr_double := --lr 1e-3
+trial_lr_half := --lr 2.5e-4
+trial_batch_half := --batch-size 128
+TRIALS := as_it_is other_seed beta1_half betas_default beta2_lower not_averaged lr_double lr_half batch_half
+
+trials: $(TRIALS:%=trial-%)  ## train the GAN for ten epochs with other settings (figures/trials/gan_*.json)
 	$(PY) report/collect.py
+
+trial-%: $(VENV)/filled
+	$(PY) code/gan.py --epochs 10 $(trial_$*) --out out/trials/$* --resume
+	mkdir -p figures/trials
+	cp out/trials/$*/figures/gan.json figures/trials/gan_$*.json
 
 judge: $(VENV)/filled  ## judge 10,000 samples of each model (trains the judge only if weights/judge.pt is missing)
 	test -f weights/judge.pt || $(PY) code/judge.py --train
@@ -76,7 +92,7 @@ bench: $(VENV)/filled  ## measure training's speed against the machine's ceiling
 	$(PY) report/collect.py
 
 theory: $(VENV)/filled  ## check the report's pen-and-paper answers by computation (figures/theory*)
-	$(PY) code/theory.py
+	$(PY) report/theory.py
 	$(PY) report/collect.py
 
 report: $(VENV)/filled  ## build report/report.pdf from what is in figures/

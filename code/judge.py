@@ -20,19 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cli
 import experiment
 import mnist
-from experiment import UserError
+import training
+from cli import ROOT, UserError
 
-EPOCHS, BATCH, LR, SEED = 7, 128, 2e-3, 0
-SHIFT = 1  # pixels: a training batch is moved by up to so many in each direction
+DATASET = "mnist"  # what the judge is trained on
+SETTINGS = {"epochs": 7, "batch_size": 128, "lr": 2e-3, "seed": 0, "shift": 1}  # of its training
 NEIGHBOURS = 3  # of which the farthest sets an image's radius
 JUDGED = 10_000  # samples of a model
 FEWEST = 1000  # samples that a file may hold: fewer say little
 BLOCK = 100  # images at once, in evaluation: small enough to stay in the cache
-
-
-# Model
 
 
 class Judge(nn.Module):
@@ -57,50 +56,47 @@ class Judge(nn.Module):
         return features, self.head(features.relu())
 
 
-# Training
-
-
-def train(data: mnist.Data, device: torch.device) -> tuple[Judge, list[dict]]:
+def train(
+    data: mnist.Data, device: torch.device, epochs: int, batch_size: int, lr: float, seed: int, shift: int
+) -> tuple[Judge, list[dict]]:
     """The judge, trained on all 60,000 images, and its history."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     model = Judge().to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
-    steps = len(data.images) // BATCH
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    steps = len(data.images) // batch_size
     losses = torch.zeros(steps, device=device)
     history = []
-    for epoch in range(1, EPOCHS + 1):
+    for epoch in range(1, epochs + 1):
         begin = time.perf_counter()
-        drawn = experiment.progress(mnist.batches(len(data.images), BATCH, device), f"judge {epoch}/{EPOCHS}", steps)
+        drawn = cli.progress(mnist.batches(len(data.images), batch_size, device), f"judge {epoch}/{epochs}", steps)
         for step, index in enumerate(drawn):
-            factor = experiment.warmup_cosine((epoch - 1) * steps + step, EPOCHS * steps, warmup=0.05)
-            experiment.set_lr(optimizer, LR * factor)
-            _, logits = model(shifted(data.images[index]))
+            factor = training.warmup_cosine((epoch - 1) * steps + step, epochs * steps, warmup=0.05)
+            training.set_lr(optimizer, lr * factor)
+            _, logits = model(shifted(data.images[index], shift))
             loss = F.cross_entropy(logits, data.labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses[step] = loss.detach()
         row = {"epoch": epoch, "loss": float(losses.mean()), "seconds": time.perf_counter() - begin}
-        print(f"judge  epoch {epoch}/{EPOCHS}  loss {row['loss']:.4f}  {row['seconds']:.1f} s", file=sys.stderr)
+        print(f"judge  epoch {epoch}/{epochs}  loss {row['loss']:.4f}  {row['seconds']:.1f} s", file=sys.stderr)
         history.append(row)
     return model, history
 
 
-def shifted(images: Tensor) -> Tensor:
-    """The batch (n, 28, 28) moved by the same random number of pixels, up to SHIFT each way, background moving in."""
-    down, right = torch.randint(2 * SHIFT + 1, (2,)).tolist()
-    return F.pad(images, (SHIFT,) * 4)[:, down : down + mnist.SIDE, right : right + mnist.SIDE]
-
-
-# Measures
+def shifted(images: Tensor, shift: int) -> Tensor:
+    """The batch (n, 28, 28) moved by the same random number of pixels, up to `shift` each way; background moves in."""
+    down, right = torch.randint(2 * shift + 1, (2,)).tolist()
+    return F.pad(images, (shift,) * 4)[:, down : down + mnist.SIDE, right : right + mnist.SIDE]
 
 
 @torch.inference_mode()
-def features_and_classes(model: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (n, 128) in float64 and predicted classes (n,) of images (n, 28, 28) uint8, both on the CPU."""
+def features_and_logits(model: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (n, 128) in float64 and the classes' logits (n, 10) of images (n, 28, 28) uint8, both on the CPU."""
     device = next(model.parameters()).device
     parts = [model(part.to(device)) for part in images.split(BLOCK)]
-    return torch.cat([part[0] for part in parts]).cpu().double(), torch.cat([part[1].argmax(1) for part in parts]).cpu()
+    features, logits = (torch.cat(each).cpu() for each in zip(*parts))
+    return features.double(), logits
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -142,28 +138,41 @@ def verdict(model: Judge, images: Tensor, reference: Tensor) -> dict:
     Precision is the share of images near a real one, recall the share of real ones near an image, nearness being within
     the distance of a NEIGHBOURS-th nearest neighbour.
     """
-    features, classes = features_and_classes(model, images)
-    real, _ = features_and_classes(model, reference)
+    features, logits = features_and_logits(model, images)
+    real, _ = features_and_logits(model, reference)
     return {
         "fid": frechet_distance(features, real),
         "precision": covered(features, by=real),
         "recall": covered(real, by=features),
-        "class_counts": classes.bincount(minlength=10).tolist(),
+        "class_counts": logits.argmax(1).bincount(minlength=10).tolist(),
     }
 
 
-# Files
+def load(device: torch.device, root: Path = ROOT) -> Judge:
+    """The frozen judge. Raises UserError if its weights are missing or damaged: it is never trained silently.
 
-
-def load(device: torch.device, root: Path = experiment.ROOT) -> Judge:
-    """The frozen judge. Raises UserError if its weights are missing or damaged: it is never trained silently."""
+    The random numbers that its layers start from are not taken from the caller's.
+    """
     path = root / "weights" / "judge.pt"
     if not path.exists():
         raise UserError(f"no judge at {path}: train it with: python code/judge.py --train")
-    model = Judge().to(device)
+    with torch.random.fork_rng(devices=[]):
+        model = Judge().to(device)
     archive = experiment.load_archive(path, "the judge", "restore it with: git checkout weights/judge.pt")
     experiment.load_state(model, archive, path, "the judge")
     return model
+
+
+def find(run: experiment.Run, quiet: bool = False) -> Judge | None:
+    """The judge of the run's data. Where there is none, None and, unless `quiet`, a line on what the result lacks."""
+    try:
+        if run.args.dataset != DATASET:
+            raise UserError(f"the judge knows {DATASET} only")
+        return load(run.device)
+    except UserError as error:
+        if not quiet:
+            run.say(f"the result is without fid, precision, recall and class_counts: {error}")
+        return None
 
 
 def read_samples(path: Path) -> Tensor:
@@ -173,7 +182,7 @@ def read_samples(path: Path) -> Tensor:
         images = archive["images"] if isinstance(archive, np.lib.npyio.NpzFile) else None
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except Exception as error:  # whatever numpy, zipfile and zlib stumble over in other people's files
+    except Exception as error:  # numpy, zipfile and zlib each have errors of their own
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} has no readable 'images' ({reason}): write it with numpy.savez, no objects") from None
     if not isinstance(images, np.ndarray):
@@ -210,13 +219,12 @@ def train_and_save(data: mnist.Data, device: torch.device, out: Path) -> None:
     if path.exists() and (figures / "judge.json").exists():
         raise UserError(f"{path} is there, and every committed distance depends on it: delete it to train another")
     environment = experiment.environment(device)
-    model, history = train(data, device)
-    _, classes = features_and_classes(model, data.test_images)
-    config = {"epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "seed": SEED, "shift": SHIFT, "neighbours": NEIGHBOURS}
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    weights = experiment.torch_bytes({"run": "judge", "config": config, "model": state})
+    model, history = train(data, device, **SETTINGS)
+    _, logits = features_and_logits(model, data.test_images)
+    config = {**SETTINGS, "neighbours": NEIGHBOURS}
+    weights = experiment.weights_bytes("judge", config, model)
     result = {
-        "test_accuracy": float((classes == data.test_labels.cpu()).double().mean()),
+        "test_accuracy": float((logits.argmax(1) == data.test_labels.cpu()).double().mean()),
         "floor": floor(model, data, data.test_images),
         "floor_validation": floor(model, data, data.validation_images),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -230,29 +238,22 @@ def train_and_save(data: mnist.Data, device: torch.device, out: Path) -> None:
     print(f"test accuracy {100 * result['test_accuracy']:.2f}%, {result['train_seconds']:.0f} s of training")
 
 
-# Flags
-
-
-def flags() -> experiment.Parser:
+def flags() -> cli.Parser:
     """The script's flags."""
-    parser = experiment.Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE.npz", help="samples: key images, uint8, N x 28 x 28"
-    )
+    parser = cli.Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.npz", help="key images: uint8, N x 28 x 28")
     parser.add_argument("--reference", choices=("test", "validation"), default="test", help="the real images")
     parser.add_argument("--train", action="store_true", help="train the judge, if there is none yet")
-    parser.add_argument(
-        "--out", type=Path, default=experiment.ROOT, metavar="DIR", help="the judge is DIR/weights/judge.pt"
-    )
-    experiment.add_machine_flags(parser)
+    parser.add_argument("--out", type=Path, default=ROOT, metavar="DIR", help="the judge is DIR/weights/judge.pt")
+    cli.add_data_flags(parser)
     return parser
 
 
-@experiment.exit_status
+@cli.exit_status
 def main(argv: list[str] | None = None) -> None:
     """Judge files of samples, or train the judge."""
     args = flags().parse_args(argv)
-    device = experiment.device(args.device)
+    device = cli.device(args.device)
     if args.train == bool(args.files):
         raise UserError("name one or more .npz files of samples, or --train")
     if args.train:

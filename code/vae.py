@@ -1,12 +1,13 @@
 """Variational autoencoder of binarised MNIST (Kingma & Welling 2014; Rezende, Mohamed & Wierstra 2014).
 
 An encoder q(z|x) = N(mu(x), diag exp(logvar(x))) and a decoder p(x|z) of independent Bernoulli pixels, both fully
-connected, maximise the evidence lower bound on log p(x) with one reparametrised sample,
+connected, maximise the evidence lower bound on log p(x) with one reparameterized sample,
 
     ELBO = E_q[log p(x|z)] - KL(q(z|x) || N(0, I)).                                          eq:elbo of the report
 
     python code/vae.py              # z of 20: test ELBO -90.12 nats, -log p(x) 86.78; 153 s
     python code/vae.py --z-dim 2    # z of 2: test ELBO -135.08 nats, -log p(x) 131.41; 158 s
+    (seed 0; AMD EPYC, 2 threads, torch 2.15.0+cu132)
 """
 
 import math
@@ -15,57 +16,62 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-import experiment
+import cli
 import judge
 import mnist
 import pictures
-from experiment import Run, fixed_generator, fixed_normal
+import training
+from experiment import Run, save_samples, seconds_per_1000
+from training import fixed_generator, fixed_normal
 
-HIDDEN = 416  # units of every hidden layer
-WARMUP = 0.05  # of all steps
 EVALUATION_IMAGES = 10_000  # of the training images; validation and test have as many
 EVALUATION_BATCH = 1000
 MANIFOLD_SIDE = 20  # images along each axis
-QUADRATURE_LIMIT, QUADRATURE_POINTS = 6.0, 601  # the grid over [-6, 6]^2, points along each axis
 
 
 # Model
 
 
 class Residual(nn.Module):
-    """h + SiLU(W h + b), (..., HIDDEN) to the same: the sum lets a larger learning rate train a deeper network."""
+    """h + SiLU(W h + b), (..., hidden) to the same: the sum lets a larger learning rate train a deeper network."""
 
-    def __init__(self):
+    def __init__(self, hidden: int):
         super().__init__()
-        self.linear = nn.Linear(HIDDEN, HIDDEN)
+        self.linear = nn.Linear(hidden, hidden)
 
     def forward(self, h: Tensor) -> Tensor:
         return h + F.silu(self.linear(h))
 
 
-def mlp(inputs: int, outputs: int) -> nn.Sequential:
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Three hidden layers, the last two residual: (..., inputs) to (..., outputs)."""
-    return nn.Sequential(nn.Linear(inputs, HIDDEN), nn.SiLU(), Residual(), Residual(), nn.Linear(HIDDEN, outputs))
+    layers = nn.Linear(inputs, hidden), nn.SiLU(), Residual(hidden), Residual(hidden), nn.Linear(hidden, outputs)
+    return nn.Sequential(*layers)
 
 
 class VAE(nn.Module):
-    """Encoder and decoder, two networks of the same shape."""
+    """Encoder and decoder, two networks of the same shape with `hidden` units in every hidden layer."""
 
-    def __init__(self, z_dim: int):
+    def __init__(self, z_dim: int, hidden: int):
         super().__init__()
         self.z_dim = z_dim
-        self.encoder = mlp(mnist.PIXELS, 2 * z_dim)
-        self.decoder = mlp(z_dim, mnist.PIXELS)
+        self.encoder = mlp(mnist.PIXELS, hidden, 2 * z_dim)
+        self.decoder = mlp(z_dim, hidden, mnist.PIXELS)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (batch, 784) to mu and logvar of q(z|x), (batch, z_dim) each."""
-        mu, logvar = self.encoder(x).chunk(2, dim=-1)
-        return mu, logvar
+        return self.encoder(x).chunk(2, dim=-1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (..., z_dim) to the logits of the pixels' Bernoulli means, (..., 784)."""
         return self.decoder(z)
+
+
+def build(config: dict) -> VAE:
+    """The model of a run's config, untrained."""
+    return VAE(config["z_dim"], config["hidden"])
 
 
 # Objective
@@ -77,12 +83,11 @@ def binarise(images: Tensor, generator: torch.Generator | None = None) -> Tensor
     Exactly `value` of the 255 equally likely integers 0 to 254 are below `value`. With a generator, which must be the
     CPU's, the pixels are the same on every device.
     """
-    device = images.device if generator is None else "cpu"
-    noise = torch.randint(255, images.shape, dtype=torch.uint8, generator=generator, device=device)
-    return (noise.to(images.device) < images).float()
+    place = {"device": images.device} if generator is None else {"generator": generator}
+    return (torch.randint(255, images.shape, dtype=torch.uint8, **place).to(images.device) < images).float()
 
 
-def reparametrise(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
     """A sample of N(mu, diag exp(logvar)) from one of N(0, I), eq:reparametrisation; all (..., z_dim)."""
     return mu + torch.exp(0.5 * logvar) * eps
 
@@ -108,7 +113,7 @@ def elbo(model: VAE, x: Tensor, eps: Tensor) -> Tensor:
     `importance_weighted_bound` with K = 1 and log p(z) - log q(z|x) replaced by its mean, which is -KL.
     """
     mu, logvar = model.encode(x)
-    logits = model.decode(reparametrise(mu, logvar, eps))
+    logits = model.decode(reparameterize(mu, logvar, eps))
     return bernoulli_log_prob(x, logits) - kl_to_standard_normal(mu, logvar)
 
 
@@ -118,7 +123,7 @@ def log_weight(model: VAE, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor) -
     x: (batch, 784); mu, logvar: (batch, z_dim) of q(z|x); eps: (..., batch, z_dim). The two densities share their
     (2 pi)^(-z_dim/2), which is left out of both.
     """
-    z = reparametrise(mu, logvar, eps)
+    z = reparameterize(mu, logvar, eps)
     log_prior = -0.5 * z.square().sum(-1)
     log_q = -0.5 * (logvar + eps.square()).sum(-1)
     return bernoulli_log_prob(x, model.decode(z)) + log_prior - log_q
@@ -138,7 +143,7 @@ def draw_batch(images: Tensor, index: Tensor, z_dim: int) -> tuple[Tensor, Tenso
     return x, torch.randn(len(index), z_dim, device=images.device)
 
 
-def training_step(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, index: Tensor) -> Tensor:
+def training_step(model: VAE, optimizer: Optimizer, images: Tensor, index: Tensor) -> Tensor:
     """One step of Adam down eq:loss on images[index], (batch,) of images (n, 784) uint8: minus the mean ELBO, detached.
 
     Nothing here waits for the device.
@@ -154,25 +159,24 @@ def training_step(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, 
 def train(run: Run, model: VAE, data: mnist.Data) -> None:
     """Maximise the ELBO for the run's epochs, recording it on fixed pixels and fixed eps after each."""
     args = run.args
-    optimizer = experiment.adam(model.parameters(), args.lr)
-    run.start(model=model, optimizer=optimizer)
     images = data.train_images.flatten(1)
-    take_step = experiment.Captured(lambda index: training_step(model, optimizer, images, index), run.device)
-    steps = len(images) // args.batch_size  # an epoch's
+    steps = mnist.steps_per_epoch(len(images), args.batch_size)
+    optimizer = training.adam(model.parameters(), args.lr, betas=args.betas)
+    run.start(model=model, optimizer=optimizer)
+    take_step = training.CapturedStep(lambda index: training_step(model, optimizer, images, index), run.device)
     losses = torch.zeros(steps, device=run.device)
     train_set = evaluation_set(images[:EVALUATION_IMAGES], "training", model.z_dim)
     validation_set = evaluation_set(data.validation_images, "validation", model.z_dim)
-    for epoch in run.epochs():
+    for epoch in range(run.first_epoch, args.epochs + 1):
         if epoch > 0:
-            for step, index in run.steps(mnist.batches(len(images), args.batch_size, run.device), steps):
-                experiment.set_lr(optimizer, args.lr * experiment.warmup_cosine(step, args.epochs * steps, WARMUP))
+            for step, index in run.steps(epoch, mnist.batches(len(images), args.batch_size, run.device), steps):
+                training.set_lr(optimizer, args.lr * training.warmup_cosine(step, args.epochs * steps, args.warmup))
                 losses[step % steps] = take_step(index)
-            run.check_finite(loss=losses)
-        keep_frame(run, model)
-        run.record(
-            train_elbo=float(per_image_elbo(model, *train_set).mean()),
-            val_elbo=float(per_image_elbo(model, *validation_set).mean()),
-        )
+            training.check_finite(epoch, loss=losses)
+        if model.z_dim == 2 or epoch in run.panels(0, 0.25, 0.5, 0.75, 1):
+            run.frames[epoch] = panel(model).cpu()
+        train_elbo, val_elbo = (float(per_image_elbo(model, *each).mean()) for each in (train_set, validation_set))
+        run.record(epoch, train_elbo=train_elbo, val_elbo=val_elbo)
 
 
 # Evaluation
@@ -196,7 +200,7 @@ def importance_sampled_log_px(model: VAE, x: Tensor, draws: int, batch: int = EV
     """log p(x) of every image by L_K with K = `draws` samples of q(z|x): (n,) in nats, float64, on the CPU."""
     encoded = [model.encode(part) for part in x.split(batch)]
     log_w = torch.empty(draws, len(x), dtype=x.dtype)
-    for k in experiment.progress(range(draws), "importance samples"):
+    for k in cli.progress(range(draws), "importance samples"):
         eps = fixed_normal(f"eps, importance sample {k}", len(x), model.z_dim).to(x)
         parts = zip(x.split(batch), encoded, eps.split(batch))
         log_w[k] = torch.cat([log_weight(model, part, *q, noise) for part, q, noise in parts])
@@ -204,25 +208,26 @@ def importance_sampled_log_px(model: VAE, x: Tensor, draws: int, batch: int = EV
 
 
 @torch.inference_mode()
-def quadrature_log_px(model: VAE, x: Tensor, points: int, block: int = 1000) -> Tensor:
+def quadrature_log_px(model: VAE, x: Tensor, points: int = 601, limit: float = 6.0, block: int = 1000) -> Tensor:
     """log p(x) of every image by the trapezoid rule over a two-dimensional z: (n,) in nats, float64, on the CPU.
 
-    For a smooth integrand that vanishes at the grid's edge the rule's error falls faster than any power of the step.
+    The grid has `points` along each axis of [-limit, limit]^2. For a smooth integrand that vanishes at its edge the
+    rule's error falls faster than any power of the step.
     """
-    axis = torch.linspace(-QUADRATURE_LIMIT, QUADRATURE_LIMIT, points, dtype=torch.float64)
-    step = 2 * QUADRATURE_LIMIT / (points - 1)
+    axis = torch.linspace(-limit, limit, points, dtype=torch.float64)
+    step = 2 * limit / (points - 1)
     grid = torch.cartesian_prod(axis, axis)
     log_cell = 2 * math.log(step) - math.log(2 * math.pi) - 0.5 * grid.square().sum(-1)  # log p(z) dz
     total = torch.full((len(x),), -math.inf, dtype=torch.float64)
-    for z, log_measure in experiment.progress(list(zip(grid.split(block), log_cell.split(block))), "quadrature"):
+    for z, log_measure in cli.progress(list(zip(grid.split(block), log_cell.split(block))), "quadrature"):
         logits = model.decode(z.to(x))
         log_joint = x @ logits.T + (log_measure.to(x) - F.softplus(logits).sum(-1))  # (n, block)
         total = torch.logaddexp(total, log_joint.logsumexp(-1).cpu().double())
     return total
 
 
-def evaluate(run: Run, model: VAE, data: mnist.Data, judged_by: judge.Judge | None) -> dict:
-    """The `result` of a trained model, on the test set; with a judge, also its verdict on decoder means."""
+def evaluate(run: Run, model: VAE, data: mnist.Data) -> dict:
+    """The `result` of a trained model, on the test set; the judge's verdict is on decoder means."""
     draws = run.args.importance_samples
     x, eps = evaluation_set(data.test_images, "test", model.z_dim)
     log_px = importance_sampled_log_px(model, x, draws)
@@ -231,11 +236,11 @@ def evaluate(run: Run, model: VAE, data: mnist.Data, judged_by: judge.Judge | No
         "test_nll": float(-log_px.mean()),
         "test_nll_se": float(log_px.std() / math.sqrt(len(log_px))),
         "importance_samples": draws,
+        "seconds_per_1000_samples": seconds_per_1000(lambda n: sample(model, n), run.device),
     }
     if model.z_dim == 2:
-        result["test_nll_quadrature"] = float(-quadrature_log_px(model, x, QUADRATURE_POINTS).mean())
-    result["seconds_per_1000_samples"] = experiment.seconds_per_1000(lambda n: sample(model, n), run.device)
-    if judged_by is not None:
+        result["test_nll_quadrature"] = float(-quadrature_log_px(model, x).mean())
+    if judged_by := judge.find(run):
         result |= judge.verdict(judged_by, sample(model, judge.JUDGED), data.test_images)
     return result
 
@@ -264,18 +269,13 @@ def decoder_draws(model: VAE, z: Tensor) -> Tensor:
 # Pictures
 
 
-def keep_frame(run: Run, model: VAE) -> None:
-    """Keep this epoch's panel: samples of one fixed set of latents, or for z of 2 the manifold (every epoch's)."""
-    if model.z_dim == 2:
-        images = decoder_means(model, manifold_latents(MANIFOLD_SIDE).to(run.device))
-        run.frames.setdefault("manifold", {})[run.epoch] = images.cpu()
-    elif run.epoch in run.panels(0, 0.25, 0.5, 0.75, 1):
-        run.frames.setdefault("samples", {})[run.epoch] = decoder_means(model, panel_latents(run, model)).cpu()
+def panel(model: VAE) -> Tensor:
+    """Means at one fixed set of latents, so that an eye can follow an image through training: (n, 28, 28) uint8.
 
-
-def panel_latents(run: Run, model: VAE) -> Tensor:
-    """(16, z_dim): the same through all training, so that an eye can follow an image."""
-    return fixed_normal("panels", 16, model.z_dim).to(run.device)
+    For z of 2 they are the manifold's, else 16 draws from the prior.
+    """
+    z = manifold_latents(MANIFOLD_SIDE) if model.z_dim == 2 else fixed_normal("panels", 16, model.z_dim)
+    return decoder_means(model, z.to(next(model.parameters()).device))
 
 
 def manifold_latents(side: int) -> Tensor:
@@ -285,92 +285,72 @@ def manifold_latents(side: int) -> Tensor:
     return torch.stack((z1, z2), dim=-1).view(-1, 2)
 
 
-def draw_training(run: Run) -> None:
-    """The pictures of the course of the training, from the history and the frames alone."""
-    title = f"Evidence lower bound, z of {run.args.z_dim}"
-    pictures.save_training_curves(
-        run.figure("elbo"), run.history, ("train_elbo", "val_elbo"), "nats per image (higher is better)", title
-    )
-    for epoch, images in run.frames.get("samples", {}).items():
-        pictures.save_grid(run.figure(f"samples_{run.stamp(epoch)}"), images, columns=4)
-    manifolds = run.frames.get("manifold", {})
-    if manifolds:
-        for epoch in run.panels(0, 0.5, 1):
-            draw_manifold(run, epoch, manifolds[epoch])
-        tiles = [pictures.tile(images, MANIFOLD_SIDE, gap=0) for images in manifolds.values()]
-        pictures.save_gif(run.figure("manifold"), tiles)
-
-
-def draw_final(run: Run, model: VAE, data: mnist.Data) -> None:
-    """The pictures of the trained model, from its weights and the data alone."""
+def draw(run: Run, model: VAE, data: mnist.Data) -> None:
+    """The pictures: of the course of the training from the history and the frames, else from the weights."""
+    frames = {**run.frames, run.args.epochs: panel(model)}
+    keys, title = ("train_elbo", "val_elbo"), f"Evidence lower bound, z of {model.z_dim}"
+    pictures.save_training_curves(run.figure("elbo"), run.history, keys, "nats per image (higher is better)", title)
     if model.z_dim == 2:
-        images = decoder_means(model, manifold_latents(MANIFOLD_SIDE).to(run.device))
-        draw_manifold(run, run.args.epochs, images)
+        for epoch in frames.keys() & run.panels(0, 0.5, 1):
+            draw_manifold(run, epoch, frames[epoch])
+        tiles = [pictures.tile(images, MANIFOLD_SIDE, gap=0) for images in run.frames.values()]
+        pictures.save_gif(run.figure("manifold"), tiles)
         return
-    z = panel_latents(run, model)
-    pictures.save_grid(run.figure(f"samples_{run.stamp(run.args.epochs)}"), decoder_means(model, z), columns=4)
+    for epoch, images in frames.items():
+        pictures.save_grid(run.figure(f"samples_{run.stamp(epoch)}"), images, columns=4)
+    z = fixed_normal("panels", 16, model.z_dim).to(run.device)
     pictures.save_grid(run.figure("draws"), decoder_draws(model, z), columns=4)
     x, eps = (part[:10] for part in evaluation_set(data.validation_images, "validation", model.z_dim))
     with torch.inference_mode():
-        means = decoder_means(model, reparametrise(*model.encode(x), eps))
+        means = decoder_means(model, reparameterize(*model.encode(x), eps))
     rows = (data.validation_images[:10], pictures.to_uint8(x).view_as(means), means)
     pictures.save_grid(run.figure("reconstructions"), torch.cat(rows), columns=10)
 
 
 def draw_manifold(run: Run, epoch: int, images: Tensor) -> None:
     """Decoder means over the plane of latents, at the prior's quantiles: equal steps are equal shares of the prior."""
-    whole, (axes,) = pictures.figure(5.2, 5.4)
-    axes.imshow(pictures.tile(images, MANIFOLD_SIDE, gap=0), cmap="gray", vmin=0, vmax=255, extent=(0, 1, 0, 1))
+    fig, (ax,) = pictures.figure(5.2, 5.4)
+    ax.imshow(pictures.tile(images, MANIFOLD_SIDE, gap=0), cmap="gray", vmin=0, vmax=255, extent=(0, 1, 0, 1))
     values = (-2, -1, 0, 1, 2)
     positions = torch.special.ndtr(torch.tensor(values, dtype=torch.float64)).tolist()
-    axes.set_xticks(positions, map(str, values))
-    axes.set_yticks(positions, map(str, values))
-    axes.set(xlabel="$z_1$ (at quantiles of the prior)", ylabel="$z_2$", title=f"Decoder means, epoch {epoch}")
-    pictures.save_figure(run.figure(f"manifold_{run.stamp(epoch)}"), whole, pdf=False)
+    ax.set_xticks(positions, map(str, values))
+    ax.set_yticks(positions, map(str, values))
+    ax.set(xlabel="$z_1$ (at quantiles of the prior)", ylabel="$z_2$", title=f"Decoder means, epoch {epoch}")
+    pictures.save_figure(run.figure(f"manifold_{run.stamp(epoch)}"), fig, pdf=False)
 
 
 # Flags
 
 
-def flags() -> experiment.Parser:
+def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
-    parser = experiment.Parser(description=__doc__.partition("\n")[0])
-    experiment.add_flags(parser, epochs=40, batch_size=320, lr=3e-3)
-    whole = {"type": experiment.positive_int}
-    parser.add_argument("--z-dim", **whole, default=20, metavar="N", help="latents; 2 draws a manifold")
-    parser.add_argument("--importance-samples", **whole, default=500, metavar="K", help="a test image, for log p(x)")
+    parser = cli.Parser(description=__doc__.partition("\n")[0])
+    cli.add_flags(parser, epochs=40, batch_size=320, lr=3e-3, betas=(0.9, 0.999))
+    parser.add_argument("--z-dim", type=cli.positive_int, default=20, metavar="N", help="latents; 2 draws a manifold")
+    parser.add_argument("--hidden", type=cli.positive_int, default=416, metavar="N", help="units of every hidden layer")
+    parser.add_argument("--warmup", type=cli.fraction, default=0.05, metavar="X", help="share of steps until the peak")
+    parser.add_argument("--importance-samples", type=cli.positive_int, default=500, metavar="K", help="for log p(x)")
     return parser
 
 
-@experiment.exit_status
+@cli.exit_status
 def main(argv: list[str] | None = None) -> None:
     """Train, or with --evaluate or --sample use what was trained."""
     parser = flags()
     args = parser.parse_args(argv)
-    config = {
-        "dataset": args.dataset, "z_dim": args.z_dim, "hidden": HIDDEN, "epochs": args.epochs, "lr": args.lr,
-        "batch_size": args.batch_size, "warmup": WARMUP, "seed": args.seed,
-        "importance_samples": args.importance_samples,
-    }  # fmt: skip
-    experiment.check_batch_size(args.batch_size, mnist.TRAIN)
-    run = Run(f"vae_z{args.z_dim}", parser, args, config, report={"z_dim": (20, 2)})
+    run = Run(f"vae_z{args.z_dim}", parser, args, report=({}, {"z_dim": 2}), evaluation=("importance_samples",))
     torch.manual_seed(args.seed)
-    model = VAE(args.z_dim).to(run.device)
+    model = build(run.config).to(run.device)
     if args.evaluate or args.sample:
-        run.load_weights(model, but_for=("importance_samples",))
+        run.load(model)
     if args.sample:
-        run.save_samples(sample(model, args.sample))
+        save_samples(run.figure("samples.npz"), sample(model, args.sample))
         return
-    judged_by = judge.load(run.device) if args.dataset == "mnist" else None
     data = mnist.load(args.dataset, args.data_dir, run.device)
-    if args.evaluate:
-        run.recall()
-    else:
+    if not args.evaluate:
         train(run, model, data)
-    if run.history:
-        draw_training(run)
-    draw_final(run, model, data)
-    run.conclude(model, lambda: evaluate(run, model, data, judged_by))
+    draw(run, model, data)
+    run.finish(model, lambda: evaluate(run, model, data))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every pen-and-paper answer of the report, checked by computation; one function a question, named after it.
 
-    python code/theory.py       # some minutes; writes figures/theory.json and figures/theory_*
+    python report/theory.py     # some minutes; writes figures/theory.json and figures/theory_*
 
 A function returns what the report quotes, the tests check or a figure shows. Trained models come from the committed
 weights; everything is seeded. Likelihoods and divergences are in nats unless said.
@@ -19,14 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import experiment
-import gan
-import judge
-import mnist
-import nf
-import pictures
-import vae
-from experiment import UserError, fixed_generator, fixed_normal
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "code"))
+
+import cli  # noqa: E402
+import experiment  # noqa: E402
+import judge  # noqa: E402
+import mnist  # noqa: E402
+import nf  # noqa: E402
+import pictures  # noqa: E402
+import training  # noqa: E402
+import vae  # noqa: E402
+from cli import UserError  # noqa: E402
+from training import fixed_generator, fixed_normal  # noqa: E402
 
 AUTOENCODER_EPOCHS = 4
 RING_RADIUS, RING_DEVIATION, RING_STEPS = 2.0, 0.1, 3000
@@ -35,7 +40,7 @@ GRID_POINTS = 560  # along each axis of a grid over z
 WINDOW, WINDOW_POINTS = 0.8, 241  # of the posterior that is drawn: from the mean of q, to each side
 NOISE, DRAWS, REPEATS = 0.3, 1000, 400  # of the linear-Gaussian model, and of its estimates
 ASCENT_STEPS = 50  # on the encoder, then on the decoder
-CODES, AGGREGATE_POINTS = 5000, 401  # of the aggregate posterior; of the grid, along each axis
+CODES, AGGREGATE_POINTS, LIMIT = 5000, 401, 6.0  # of the aggregate posterior; of the grid, along each axis and at its edge
 SIZES = (49, 98, 196, 392, 784, 1568)  # of Jacobians
 SOURCE = (0.5, 0.25, 0.125, 0.125)  # probabilities of the values 0, 1, 2, 3
 SEPARATIONS = [0.25 * n for n in range(33)]  # of two normals, in standard deviations
@@ -73,8 +78,8 @@ def q1_1_autoencoder(data: mnist.Data, judged_by: judge.Judge, out: Path) -> dic
     answer, rows = {"epochs": AUTOENCODER_EPOCHS}, []
     for name, variational in (("autoencoder", False), ("vae", True)):
         torch.manual_seed(0)
-        model = vae.VAE(2)
-        optimizer = experiment.adam(model.parameters(), 1e-3)
+        model = vae.VAE(z_dim=2, hidden=416)
+        optimizer = training.adam(model.parameters(), 1e-3)
         for _ in range(AUTOENCODER_EPOCHS):
             for index in mnist.batches(len(images), 320):
                 pixels, eps = vae.draw_batch(images, index, 2)
@@ -110,7 +115,7 @@ def q1_3_ring(out: Path) -> dict:
     net = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     for step in range(RING_STEPS):
-        experiment.set_lr(optimizer, 3e-3 * experiment.warmup_cosine(step, RING_STEPS, 0.05))
+        training.set_lr(optimizer, 3e-3 * training.warmup_cosine(step, RING_STEPS, 0.05))
         z = torch.randn(512, 2)
         loss = (net(z) - onto_ring(z)).square().sum(1).mean()
         optimizer.zero_grad()
@@ -120,14 +125,14 @@ def q1_3_ring(out: Path) -> dict:
     with torch.inference_mode():
         x = net(z)
     radius, angle = x.norm(dim=1), torch.atan2(x[:, 1], x[:, 0])
-    whole, panels = pictures.figure(4.8, 2.5, columns=2)
-    for axes, points, name in zip(panels, (z, x), ("draws of $N(0, I_2)$", "through the network")):
-        axes.scatter(
+    fig, panels = pictures.figure(4.8, 2.5, columns=2)
+    for ax, points, name in zip(panels, (z, x), ("draws of $N(0, I_2)$", "through the network")):
+        ax.scatter(
             *points[:4000].T.numpy(), s=2, color=pictures.FIRST_COLOUR, alpha=0.4, linewidths=0, rasterized=True
         )
-        axes.set(xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal")
-        axes.set_title(name, fontsize=10)
-    pictures.save_figure(out / "theory_ring", whole, pdf=False)
+        ax.set(xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal")
+        ax.set_title(name, fontsize=10)
+    pictures.save_figure(out / "theory_ring", fig, pdf=False)
     return {
         "radius": RING_RADIUS,
         "deviation": RING_DEVIATION,
@@ -197,7 +202,7 @@ def q1_4_importance_sampling(model: vae.VAE, data: mnist.Data, out: Path) -> dic
     it is q's. theory_posterior.png draws posteriors and q at the median, the 90th and the 99th percentile.
     """
     x, _ = (part[:POSTERIOR_IMAGES] for part in vae.evaluation_set(data.test_images, "test", 2))
-    exact = vae.quadrature_log_px(model, x, vae.QUADRATURE_POINTS)
+    exact = vae.quadrature_log_px(model, x)
     from_q = vae.importance_sampled_log_px(model, x, POSTERIOR_DRAWS)
     from_both = defensive_log_px(model, x, POSTERIOR_DRAWS)
     gap = exact - from_q
@@ -226,7 +231,7 @@ def defensive_log_px(model: vae.VAE, x: Tensor, draws: int) -> Tensor:
     mu, logvar = model.encode(x)
     estimates = []
     for n in range(len(x)):
-        own = vae.reparametrise(mu[n], logvar[n], eps)
+        own = vae.reparameterize(mu[n], logvar[n], eps)
         z = torch.cat((own, shared))  # (draws, z_dim)
         log_px = vae.bernoulli_log_prob(x[n], torch.cat((model.decode(own), shared_logits)))
         log_prior = -0.5 * z.square().sum(-1)
@@ -241,29 +246,29 @@ def draw_posteriors(model: vae.VAE, x: Tensor, log_px: Tensor, gap: Tensor, out:
     """The posterior of each image near q(z|x), and two standard deviations of q(z|x) around its mean."""
     from matplotlib.patches import Ellipse
 
-    whole, panels = pictures.figure(7.2, 2.6, columns=len(x))
+    fig, panels = pictures.figure(7.2, 2.6, columns=len(x))
     mu, logvar = model.encode(x)
     offset = torch.linspace(-WINDOW, WINDOW, WINDOW_POINTS)
-    for n, axes in enumerate(panels):
+    for n, ax in enumerate(panels):
         z2, z1 = torch.meshgrid(mu[n, 1] + offset, mu[n, 0] + offset, indexing="ij")
         z = torch.stack((z1, z2), dim=-1)
         log_joint = vae.bernoulli_log_prob(x[n], model.decode(z)) + normal_log_prob(z, 0.0, 0.0)
         extent = [float(each + side) for each in mu[n] for side in (-WINDOW, WINDOW)]
-        shown = axes.imshow(
+        shown = ax.imshow(
             (log_joint - log_px[n]).numpy(), cmap="Greys", origin="lower", extent=extent, vmin=-15, vmax=5
         )
         size = (4 * torch.exp(0.5 * logvar[n])).tolist()  # two standard deviations to each side
-        axes.add_patch(Ellipse(mu[n].tolist(), *size, fill=False, color=pictures.SECOND_COLOUR, linewidth=1.5))
-        inset = axes.inset_axes((0.02, 0.7, 0.28, 0.28))
+        ax.add_patch(Ellipse(mu[n].tolist(), *size, fill=False, color=pictures.SECOND_COLOUR, linewidth=1.5))
+        inset = ax.inset_axes((0.02, 0.7, 0.28, 0.28))
         inset.imshow(x[n].view(mnist.SIDE, mnist.SIDE).numpy(), cmap="gray", vmin=0, vmax=1)
         inset.set_axis_off()
-        axes.set_title(f"{gap[n]:.2f} nats short", fontsize=10)
-        axes.set(xlabel="$z_1$", ylabel="$z_2$" if n == 0 else "")
-        axes.tick_params(labelsize=8)
-    bar = whole.colorbar(shown, ax=panels, ticks=(-15, -10, -5, 0, 5), shrink=0.9)
+        ax.set_title(f"{gap[n]:.2f} nats short", fontsize=10)
+        ax.set(xlabel="$z_1$", ylabel="$z_2$" if n == 0 else "")
+        ax.tick_params(labelsize=8)
+    bar = fig.colorbar(shown, ax=panels, ticks=(-15, -10, -5, 0, 5), shrink=0.9)
     bar.ax.set_title("log density", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    pictures.save_figure(out / "theory_posterior", whole, pdf=False)
+    pictures.save_figure(out / "theory_posterior", fig, pdf=False)
 
 
 def q1_5_kl() -> dict:
@@ -285,7 +290,7 @@ def q1_5_kl() -> dict:
         exact = float(vae.kl_to_standard_normal(m, logvar))
         single = float(vae.kl_to_standard_normal(m.float(), logvar.float()))
         eps = torch.randn(100_000, 1, generator=fixed_generator(f"KL, {name}"), dtype=torch.float64)
-        z = vae.reparametrise(m, logvar, eps)
+        z = vae.reparameterize(m, logvar, eps)
         log_ratio = normal_log_prob(z, m, logvar) - normal_log_prob(z, 0.0, 0.0)
         answer[name] = {
             "mu": mu, "variance": variance, "kl": exact, "float32": single, "naive_float32": naive_kl(mu, variance),
@@ -312,7 +317,7 @@ def q1_6_lower_bound(model: vae.VAE, data: mnist.Data) -> dict:
     model = copy.deepcopy(model).double()
     with torch.inference_mode():
         mu, logvar = model.encode(x)
-        exact = vae.quadrature_log_px(model, x, vae.QUADRATURE_POINTS)
+        exact = vae.quadrature_log_px(model, x)
         kl = posterior_kl(model, x, mu, logvar)
         bound = elbo_by_nodes(model, x, mu, logvar)
     before, after = (two_point_bound(*likelihoods, q=0.9) for likelihoods in ((0.5, 0.5), (0.6, 0.36)))
@@ -330,7 +335,7 @@ def elbo_by_nodes(model: vae.VAE, x: Tensor, mu: Tensor, logvar: Tensor, nodes: 
     places, weights = (torch.from_numpy(each) for each in np.polynomial.hermite_e.hermegauss(nodes))
     eps = torch.cartesian_prod(places, places)
     weight = torch.cartesian_prod(weights, weights).prod(1) / (2 * math.pi)
-    z = vae.reparametrise(mu.unsqueeze(1), logvar.unsqueeze(1), eps)  # (n, nodes^2, 2)
+    z = vae.reparameterize(mu.unsqueeze(1), logvar.unsqueeze(1), eps)  # (n, nodes^2, 2)
     log_px = torch.stack([vae.bernoulli_log_prob(one, model.decode(at)) for one, at in zip(x, z)])
     return log_px @ weight - vae.kl_to_standard_normal(mu, logvar)
 
@@ -344,7 +349,7 @@ def posterior_kl(model: vae.VAE, x: Tensor, mu: Tensor, logvar: Tensor, points: 
     cell = torch.exp(log_q) * float(axis[1] - axis[0]) ** 2  # of q's probability
     kl = []
     for n in range(len(x)):
-        z = vae.reparametrise(mu[n], logvar[n], eps)
+        z = vae.reparameterize(mu[n], logvar[n], eps)
         log_px = torch.cat([vae.bernoulli_log_prob(x[n], model.decode(part)) for part in z.split(2000)])
         log_posterior = log_px + normal_log_prob(z, 0.0, 0.0) - normaliser[n]
         kl.append((cell * (log_q - 0.5 * logvar[n].sum() - log_posterior)).sum())
@@ -384,7 +389,7 @@ def q1_8_steps(model: vae.VAE, data: mnist.Data) -> dict:
     def measured() -> tuple[float, float]:
         with torch.inference_mode():
             bound = elbo_by_nodes(model, x, *model.encode(x))
-        return float(bound.mean()), float(-vae.quadrature_log_px(model, x, vae.QUADRATURE_POINTS).mean())
+        return float(bound.mean()), float(-vae.quadrature_log_px(model, x).mean())
 
     answer = {"images": len(x), "steps": ASCENT_STEPS} | dict(zip(("elbo_start", "nll_start"), measured()))
     for name, network in (("phi", model.encoder), ("theta", model.decoder)):
@@ -411,9 +416,9 @@ def q1_9_regulariser(model: vae.VAE, data: mnist.Data) -> dict:
     generator = fixed_generator("aggregate posterior")
     information = []
     for _ in range(20):
-        z = vae.reparametrise(mu, logvar, torch.randn(mu.shape, generator=generator, dtype=torch.float64))
+        z = vae.reparameterize(mu, logvar, torch.randn(mu.shape, generator=generator, dtype=torch.float64))
         information.append((normal_log_prob(z, mu, logvar) - aggregate_log_density(z, mu, logvar)).mean())
-    axis = torch.linspace(-vae.QUADRATURE_LIMIT, vae.QUADRATURE_LIMIT, AGGREGATE_POINTS, dtype=torch.float64)
+    axis = torch.linspace(-LIMIT, LIMIT, AGGREGATE_POINTS, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     log_aggregate = aggregate_log_density(grid, mu, logvar)
     share = log_aggregate.exp() * float(axis[1] - axis[0]) ** 2  # of the aggregate's probability
@@ -468,14 +473,14 @@ def q1_10_loss(model: vae.VAE, data: mnist.Data) -> dict:
 def q1_11_gradients() -> dict:
     """Variance of two unbiased estimators of the gradient of E|z|^2 with respect to mu, z ~ N(mu, I_d).
 
-    One draw each: 2z by reparametrisation, |z|^2 (z - mu) by the score function. The mean over the components, for mu
+    One draw each: 2z by reparameterization, |z|^2 (z - mu) by the score function. The mean over the components, for mu
     of ones, from 20,000 draws; the gradient is 2 mu.
     """
     answer = {}
     for d in (1, 10, 100):
         eps = torch.randn(20_000, d, generator=fixed_generator(f"gradient, {d}"), dtype=torch.float64)
         z = 1 + eps
-        estimates = {"reparametrised": 2 * z, "score": z.square().sum(1, keepdim=True) * eps}
+        estimates = {"reparameterized": 2 * z, "score": z.square().sum(1, keepdim=True) * eps}
         row = {}
         for name, values in estimates.items():
             row[f"{name}_mean"] = float(values.mean())
@@ -494,14 +499,14 @@ def q2_3_value(out: Path) -> dict:
     theory_value: V against the separation s, in standard deviations.
     """
     values = [value_and_divergence(s) for s in SEPARATIONS]
-    whole, (axes,) = pictures.figure(4.2, 2.9)
-    axes.plot(SEPARATIONS, [value for value, _ in values], color=pictures.FIRST_COLOUR)
-    axes.axhline(-math.log(4), color=pictures.MARK_COLOUR, linestyle=":", linewidth=1)
+    fig, (ax,) = pictures.figure(4.2, 2.9)
+    ax.plot(SEPARATIONS, [value for value, _ in values], color=pictures.FIRST_COLOUR)
+    ax.axhline(-math.log(4), color=pictures.MARK_COLOUR, linestyle=":", linewidth=1)
     place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8, "color": pictures.MARK_COLOUR}
-    axes.annotate("-log 4", (1.01, -math.log(4)), **place)
-    axes.set(xlabel="separation s, standard deviations", ylabel="V, nats", title="The game's value under the best D")
-    axes.grid(alpha=0.3)
-    pictures.save_figure(out / "theory_value", whole)
+    ax.annotate("-log 4", (1.01, -math.log(4)), **place)
+    ax.set(xlabel="separation s, standard deviations", ylabel="V, nats", title="The game's value under the best D")
+    ax.grid(alpha=0.3)
+    pictures.save_figure(out / "theory_value", fig)
     return {
         "separations": SEPARATIONS,
         "values": [value for value, _ in values],
@@ -527,14 +532,14 @@ def q2_4_saturation(out: Path) -> dict:
     theory_saturation: both gradients against the separation s, in standard deviations.
     """
     gradients = [generator_gradients(s) for s in SEPARATIONS[1:]]
-    whole, (axes,) = pictures.figure(4.2, 2.9)
+    fig, (ax,) = pictures.figure(4.2, 2.9)
     styles = (("log(1 - D), saturating", pictures.FIRST_COLOUR, "-"), ("-log D", pictures.SECOND_COLOUR, "--"))
     for (label, colour, style), values in zip(styles, zip(*gradients)):
-        axes.semilogy(SEPARATIONS[1:], values, style, color=colour, label=label)
-    axes.set(xlabel="separation s, standard deviations", ylabel="norm of the gradient", title="G's gradient")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    pictures.save_figure(out / "theory_saturation", whole)
+        ax.semilogy(SEPARATIONS[1:], values, style, color=colour, label=label)
+    ax.set(xlabel="separation s, standard deviations", ylabel="norm of the gradient", title="G's gradient")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    pictures.save_figure(out / "theory_saturation", fig)
     names = ("saturating", "non_saturating")
     answer: dict = {"separations": SEPARATIONS[1:], **dict(zip(names, map(list, zip(*gradients))))}
     return answer | {"at": {str(s): dict(zip(names, generator_gradients(s))) for s in (1, 2, 4, 8)}}
@@ -556,11 +561,11 @@ def q2_7_paths() -> dict:
 
     Draws have norms near 10; a point that has not is an input that the generator never saw.
     """
-    start, end = fixed_normal("paths", 4000, gan.Z_DIM).double().chunk(2)
+    start, end = fixed_normal("paths", 4000, 100).double().chunk(2)
     shares = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64).view(-1, 1)
     ends = start.unsqueeze(1), end.unsqueeze(1)
     paths = {
-        "spherical": experiment.spherical_path(start, end, 5)[:, 1:4],
+        "spherical": training.slerp(start, end, 5)[:, 1:4],
         "linear": torch.lerp(*ends, shares),
         "cdf": torch.special.ndtri(torch.lerp(*map(torch.special.ndtr, ends), shares)),
     }
@@ -591,18 +596,18 @@ def q3_3_cost(out: Path) -> dict:
     It is formed by d backward passes through one fully connected layer. Medians of three. theory_cost: against d.
     """
     answer = {f"d{d}": determinant_costs(d) for d in SIZES}
-    whole, (axes,) = pictures.figure(4.2, 2.9)
+    fig, (ax,) = pictures.figure(4.2, 2.9)
     styles = {
         "formed_ms": ("d backward passes to form it", pictures.MARK_COLOUR, ":"),
         "dense_ms": ("determinant by LU", pictures.FIRST_COLOUR, "-"),
         "triangular_ms": ("determinant, if triangular", pictures.SECOND_COLOUR, "--"),
     }
     for name, (label, colour, style) in styles.items():
-        axes.loglog(SIZES, [row[name] for row in answer.values()], style, marker=".", color=colour, label=label)
-    axes.set(xlabel="dimension d", ylabel="milliseconds", title="One Jacobian, for one image and one layer")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    pictures.save_figure(out / "theory_cost", whole)
+        ax.loglog(SIZES, [row[name] for row in answer.values()], style, marker=".", color=colour, label=label)
+    ax.set(xlabel="dimension d", ylabel="milliseconds", title="One Jacobian, for one image and one layer")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=8)
+    pictures.save_figure(out / "theory_cost", fig)
     return answer
 
 
@@ -644,15 +649,15 @@ def q3_4_dequantisation(out: Path) -> dict:
     entropy = float(-(probability * probability.log2()).sum())
     deviations = [0.01 * 1.15**n for n in range(34)]
     bits = [gaussian_noise_bits(probability, deviation) for deviation in deviations]
-    whole, (axes,) = pictures.figure(4.2, 2.9)
-    axes.semilogx(deviations, bits, color=pictures.FIRST_COLOUR, label="Gaussian noise")
-    axes.axhline(entropy, color=pictures.SECOND_COLOUR, linestyle="--", label="uniform noise: the entropy")
-    axes.axvline(1 / math.sqrt(2 * math.pi * math.e), color=pictures.MARK_COLOUR, linestyle=":", linewidth=1)
-    axes.set(xlabel="deviation of the noise", ylabel="bits", title="Bits of a source with four values")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
-    axes.set_ylim(top=4.5)
-    pictures.save_figure(out / "theory_dequantisation", whole)
+    fig, (ax,) = pictures.figure(4.2, 2.9)
+    ax.semilogx(deviations, bits, color=pictures.FIRST_COLOUR, label="Gaussian noise")
+    ax.axhline(entropy, color=pictures.SECOND_COLOUR, linestyle="--", label="uniform noise: the entropy")
+    ax.axvline(1 / math.sqrt(2 * math.pi * math.e), color=pictures.MARK_COLOUR, linestyle=":", linewidth=1)
+    ax.set(xlabel="deviation of the noise", ylabel="bits", title="Bits of a source with four values")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, loc="upper left", fontsize=9)
+    ax.set_ylim(top=4.5)
+    pictures.save_figure(out / "theory_dequantisation", fig)
     return {
         "deviations": deviations,
         "bits": bits,
@@ -706,29 +711,31 @@ TRAINED_BY = {
 }
 
 
-def trained(name: str, model: nn.Module) -> nn.Module:
-    """The model with the committed weights of the run `name`. Raises UserError without them."""
-    path = experiment.ROOT / "weights" / f"{name}.pt"
+def trained(name: str, build: Callable[[dict], nn.Module]) -> nn.Module:
+    """The model of the run `name` with its committed weights. Raises UserError without them."""
+    path = ROOT / "weights" / f"{name}.pt"
     if not path.exists():
         raise UserError(f"no weights at {path}: train them with: {TRAINED_BY[name]}")
-    experiment.load_state(model, experiment.load_archive(path, "the weights"), path, "the weights")
+    archive = experiment.load_archive(path, "the weights")
+    model = build(archive["config"])
+    experiment.load_state(model, archive, path, "the weights")
     return model.eval()
 
 
-def flags() -> experiment.Parser:
+def flags() -> cli.Parser:
     """The script's flags."""
-    parser = experiment.Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=experiment.ROOT, metavar="DIR", help="writes DIR/figures/theory*")
-    experiment.add_data_dir_flag(parser)
+    parser = cli.Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT, metavar="DIR", help="writes DIR/figures/theory*")
+    cli.add_data_flags(parser, device=False)
     return parser
 
 
-@experiment.exit_status
+@cli.exit_status
 def main(argv: list[str] | None = None) -> None:
     """Compute every answer and write figures/theory.json."""
     args = flags().parse_args(argv)
     out = experiment.folder(args.out / "figures")
-    z2, flow = trained("vae_z2", vae.VAE(2)), trained("nf", nf.Flow(components=4))
+    z2, flow = trained("vae_z2", vae.build), trained("nf", nf.build)
     data = mnist.load("mnist", args.data_dir)
     judged_by = judge.load(torch.device("cpu"))
     questions: dict[str, Callable[[], dict]] = {
@@ -756,7 +763,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds[name] = time.perf_counter() - begin
         print(f"{name}  {seconds[name]:.1f} s", flush=True)
     weights = {
-        f"{name}_sha256": hashlib.sha256((experiment.ROOT / "weights" / f"{name}.pt").read_bytes()).hexdigest()
+        f"{name}_sha256": hashlib.sha256((ROOT / "weights" / f"{name}.pt").read_bytes()).hexdigest()
         for name in TRAINED_BY
     }
     content = {"environment": experiment.environment(torch.device("cpu")), **weights, **answers, "seconds": seconds}

@@ -1,0 +1,162 @@
+"""How the scripts meet their user: errors and exit status, flags, the device, progress bars."""
+
+import argparse
+import functools
+import math
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class UserError(Exception):
+    """What the user got wrong, in one line that says what to do. Exit status 2."""
+
+
+class RunError(Exception):
+    """A run that failed, in one line. Exit status 1."""
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM: its number, and a hint. Not an Exception, so that no handler for errors swallows it."""
+
+
+def exit_status(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], int]:
+    """Make `main(argv=None)` return its exit status: 0, 1, 2, or 130 and 143 when stopped by SIGINT and SIGTERM."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> int:
+        program = Path(main.__globals__["__file__"]).name
+        previous = [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM)]
+        on_stop("run the same command again")
+        try:
+            main(argv)
+            return 0
+        except (UserError, RunError) as error:
+            message, status = str(error), 2 if isinstance(error, UserError) else 1
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
+                raise
+            message, status = "out of memory: ask for less, a smaller --batch-size for example", 1
+        except Stopped as stop:
+            message, status = f"stopped; {stop.args[1]}", 128 + stop.args[0]
+        finally:
+            for signum, handler in previous:
+                signal.signal(signum, handler)
+        print(f"{program}: {message}", file=sys.stderr)
+        return status
+
+    return wrapped
+
+
+def on_stop(hint: str) -> None:
+    """From now on SIGINT and SIGTERM raise Stopped with this hint."""
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        raise Stopped(signum, hint)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+
+
+def hint_at_resuming() -> None:
+    """From now on a stopped run says which command goes on from its checkpoint."""
+    command = [sys.executable, *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"])
+    on_stop(f"go on from the last checkpoint with: {shlex.join(command)}")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line, and whose help shows the defaults."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def _number(kind: type, fits: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+    """For `type=` of a flag: a number of a kind that fits; `what` describes it."""
+
+    def parse(text: str) -> Any:
+        try:
+            if fits(value := kind(text)):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+
+    return parse
+
+
+nonnegative_int = _number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
+positive_int = _number(int, lambda n: 1 <= n < 2**63, "a whole number from 1 to 2^63 - 1")
+positive_float = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 up to, but not including, 1")
+
+MACHINE = {"device", "data_dir", "out", "resume", "evaluate", "sample"}  # flags that do not shape a result
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """A run's config: every flag but the machine's, in JSON's types."""
+    return {name: value for name, value in vars(args).items() if name not in MACHINE}
+
+
+def add_data_flags(parser: argparse.ArgumentParser, device: bool = True) -> None:
+    """--data-dir and, unless told not to, --device."""
+    if device:
+        names = ("auto", "cpu", "cuda", "mps")
+        parser.add_argument("--device", choices=names, default="auto", help="auto: CUDA, then MPS, then the CPU")
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", metavar="DIR", help="the data's folder")
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, epochs: int, batch_size: int, lr: float, betas: tuple[float, float]
+) -> None:
+    """The flags that every model's script has, with the report's values as defaults."""
+    parser.add_argument("--epochs", type=positive_int, default=epochs, metavar="N", help="passes over the data")
+    parser.add_argument("--batch-size", type=positive_int, default=batch_size, metavar="N", help="images in a step")
+    parser.add_argument("--lr", type=positive_float, default=lr, metavar="X", help="Adam's (peak) learning rate")
+    parser.add_argument("--betas", type=fraction, nargs=2, default=[*betas], metavar="X", help="Adam's")
+    parser.add_argument("--seed", type=nonnegative_int, default=0, metavar="N", help="fixes the run's random numbers")
+    parser.add_argument("--dataset", choices=("mnist", "fashion-mnist"), default="mnist", help="what to learn")
+    add_data_flags(parser)
+    where = "write to DIR/figures, weights, checkpoints (without it: this repository; out/ if a setting differs)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=where)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="go on from the checkpoint; of a finished run, redraw")
+    mode.add_argument("--evaluate", action="store_true", help="no training: the result of the weights, the pictures")
+    mode.add_argument("--sample", type=positive_int, metavar="N", help="no training: N samples to an .npz in figures/")
+
+
+def device(name: str) -> torch.device:
+    """The device that --device names, with exact float32. Raises UserError where this machine does not have it."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(each for each, available in here.items() if available)
+    if not here[name]:
+        raise UserError(f"--device {name}: PyTorch sees no such device here; use --device auto or cpu")
+    if name == "cuda":  # TF32 would keep 10 bits of float32's 23, and cuDNN may add up in any order
+        for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+            products.fp32_precision = "ieee"
+        torch.backends.cudnn.deterministic = True
+    return torch.device(name)
+
+
+def progress(iterable: Iterable, description: str, total: int | None = None) -> tqdm:
+    """A tqdm bar that goes away when done; silent where standard error is no terminal."""
+    return tqdm(iterable, desc=description, total=total, leave=False, disable=None)
