@@ -58,7 +58,7 @@ trials: $(TRIALS:%=trial-%)  ## train the GAN for ten epochs with other settings
 	$(PY) report/collect.py
 
 trial-%: $(VENV)/filled
-	$(PY) code/gan.py --epochs 10 $(trial_$*) --out out/trials/$* --resume
+	$(PY) code/gan.py --epochs 10 $(trial_$*) --out out/trials/$*
 	mkdir -p figures/trials
 	cp out/trials/$*/figures/gan.json figures/trials/gan_$*.json
 

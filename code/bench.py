@@ -2,7 +2,7 @@
 
     python code/bench.py        # twenty minutes; writes figures/bench.json and bench_growth, prints its table
 
-Measured in turns, round after round, so that a machine whose speed drifts treats all alike, as medians of the rounds:
+All parts are timed in alternating rounds, so that drift in the machine's speed affects them alike; figures are medians:
 (1) the ceiling, float32 multiplication of two 1024 x 1024 matrices; (2) a model's training step, the very function that
 its script calls, its floating-point operations counted by PyTorch's own counter, and its products alone; (3) the same
 model and batch size in a textbook loop (a torchvision dataset with ToTensor, a DataLoader, default Adam, .item() at
@@ -39,13 +39,13 @@ import vae
 from experiment import seconds
 
 CEILING_SIDE, CEILING_PRODUCTS = 1024, 40
-GROWTH = {  # what grows -> script -> values, of which the script's own is one but for the images
+GROWTH = {  # what grows -> script -> values; but for the images, the script's own setting is among them
     "width": {"vae": (104, 208, 416, 832, 1664), "nf": (8, 16, 32, 64)},
     "batch_size": {"vae": (80, 160, 320, 640, 1280), "gan": (64, 128, 256, 512, 1024), "nf": (12, 24, 48, 96, 192)},
     "images": {"vae": (5120, 20_480, 81_920), "gan": (4096, 16_384, 65_536), "nf": (480, 1920, 7680)},
     "threads": {"vae": (1, 2), "gan": (1, 2), "nf": (1, 2)},
 }
-GROWN_OVER = {"vae": 7680, "gan": 5120, "nf": 960}  # images of an epoch, where it is not they that grow
+GROWN_OVER = {"vae": 7680, "gan": 5120, "nf": 960}  # images of an epoch, unless they are what grows
 GROWTH_ROUNDS = 4
 
 
@@ -57,7 +57,7 @@ class Case:
     images: Tensor  # (n, ...) uint8, an epoch's
     model: nn.Module
     step: Callable[[Tensor], object]  # a training step of the script, on the batch's indices
-    textbook: Callable[[Tensor], None]  # one of another such model, on images (batch, 1, 28, 28) in [0, 1]
+    textbook: Callable[[Tensor], None]  # the textbook's, of a second model, on images (batch, 1, 28, 28) in [0, 1]
     steps: int  # of training in one measurement
 
 
@@ -142,7 +142,7 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in flop_registry:
-            operands = [each.detach() if isinstance(each, Tensor) else each for each in args]  # not what made them
+            operands = [each.detach() if isinstance(each, Tensor) else each for each in args]  # without their graph
             self.calls.append(functools.partial(function, *operands, **(kwargs or {})))
         return function(*args, **(kwargs or {}))
 
@@ -233,8 +233,8 @@ def settings(name: str, **changed: int) -> dict[str, int]:
 def grown(
     name: str, data_dir: Path, batch_size: int, images: int, threads: int, width: int | None = None
 ) -> dict[str, float | None]:
-    """Seconds of an epoch of so many images on the CPU, and the most memory in MiB that this process, a fresh one, held
-    in it beyond what it holds with its libraries loaded; None where the system has no such count.
+    """Seconds of an epoch on the CPU, and this fresh process's peak memory in MiB beyond what its libraries take (None
+    where the system does not tell).
     """
     torch.set_num_threads(threads)
     tiny = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Flatten(), nn.Linear(mnist.PIXELS, 1))
@@ -269,8 +269,8 @@ def peak_memory_from_here() -> float | None:
 def growth(data_dir: Path) -> dict:
     """Every point of GROWTH: what grows -> script -> value -> `grown`, the fastest of GROWTH_ROUNDS.
 
-    Each round takes the points in another random order, as the machine drifts, and the fastest is the one least
-    disturbed. Of threads, at most as many as there are cores.
+    Each round takes the points in a new random order, as the machine drifts; the fastest is the least disturbed.
+    There are at most as many threads as cores.
     """
     spawn, shuffled = multiprocessing.get_context("spawn"), random.Random(0)
     points = {

@@ -1,4 +1,4 @@
-"""How the scripts meet their user: errors and exit status, flags, the device, progress bars."""
+"""The command line of the scripts: errors and exit status, flags, the device, progress bars."""
 
 import argparse
 import functools
@@ -131,7 +131,7 @@ def add_flags(
     parser.add_argument("--epochs", type=positive_int, default=epochs, metavar="N", help="passes over the data")
     parser.add_argument("--batch-size", type=positive_int, default=batch_size, metavar="N", help="images in a step")
     parser.add_argument("--lr", type=positive_float, default=lr, metavar="X", help="Adam's (peak) learning rate")
-    parser.add_argument("--betas", type=fraction, nargs=2, default=[*betas], metavar="X", help="Adam's")
+    parser.add_argument("--betas", type=fraction, nargs=2, default=[*betas], metavar="X", help="Adam's decay rates")
     parser.add_argument("--seed", type=nonnegative_int, default=0, metavar="N", help="fixes the run's random numbers")
     parser.add_argument("--dataset", choices=("mnist", "fashion-mnist"), default="mnist", help="what to learn")
     add_data_flags(parser)

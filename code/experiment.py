@@ -129,7 +129,7 @@ def mismatch(archive: dict, name: str, config: dict, but_for: tuple[str, ...] = 
     return f"has another configuration ({'; '.join(differing)}): use the same flags" if differing else ""
 
 
-def environment(of: torch.device) -> dict:
+def environment(device: torch.device) -> dict:
     """Where numbers were measured: versions, hardware, threads, and the commit (null outside a git checkout)."""
     commit, cpu = None, platform.processor() or platform.machine()
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -141,32 +141,32 @@ def environment(of: torch.device) -> dict:
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name() if of.type == "cuda" else of.type,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "commit": commit,
     }
 
 
-def seconds(function: Callable[[], Any], of: torch.device) -> float:
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
     """Wall time of one call, in seconds, waiting for the device."""
     begin = time.perf_counter()
     function()
-    getattr(torch, of.type).synchronize()
+    getattr(torch, device.type).synchronize()
     return time.perf_counter() - begin
 
 
-def seconds_per_1000(sample: Callable[[int], Any], of: torch.device) -> float:
+def seconds_per_1000(sample: Callable[[int], Any], device: torch.device) -> float:
     """Median wall time of `sample(1000)` over five calls, in seconds, after one that warms up."""
-    return statistics.median([seconds(lambda: sample(1000), of) for _ in range(6)][1:])
+    return statistics.median([seconds(lambda: sample(1000), device) for _ in range(6)][1:])
 
 
-def peak_memory_mib(of: torch.device) -> float | None:
+def peak_memory_mib(device: torch.device) -> float | None:
     """The most memory held so far, in MiB: on CUDA by tensors on the device, else by this process (None on Windows).
 
     Linux's getrusage also counts what the parent held when it started this process, /proc/self/status does not.
     """
-    if of.type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -206,9 +206,9 @@ class Run:
         self.peak_memory: float | None = None  # MiB, over all the processes that worked on the run
         changed = {key: value for key, value in self.config.items() if value != parser.get_default(key)}
         self.out = args.out or (ROOT if changed in report else ROOT / "out")
-        if self.out == ROOT / "out":
-            differing = ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in changed.items())
-            self.say(f"not the report's settings ({differing}): everything goes to {self.out}")
+        if not args.out and changed not in report:
+            words = [f"--{key.replace('_', '-')} {value}" for key, value in changed.items()]
+            self.say(f"not the report's settings ({', '.join(words)}): everything goes to {self.out}")
         for each in ("figures", "weights", "checkpoints"):
             folder(self.out / each)
 
@@ -299,7 +299,7 @@ class Run:
             raise UserError(f"the checkpoint {path} does not fit this program ({reason}): train again") from None
         cli.hint_at_resuming()
 
-    # Its end
+    # Finishing
 
     def finish(self, model: nn.Module, evaluate: Callable[[], dict]) -> None:
         """Write the weights and then the JSON, which thereby tells that all is in place; with --evaluate print the
@@ -309,7 +309,7 @@ class Run:
             return
         weights = weights_bytes(self.name, self.config, model)
         sha256 = hashlib.sha256(weights).hexdigest()
-        if self.first_epoch > self.args.epochs and self._json().get("weights_sha256") == sha256:
+        if self.first_epoch > self.args.epochs and self._json(sha256):
             return
         result = evaluate() | {
             "parameters": sum(each.numel() for each in model.parameters() if each.requires_grad),
@@ -329,15 +329,15 @@ class Run:
             archive = load_archive(path, "the weights")
             if not (wrong := mismatch(archive, self.name, self.config, but_for=self.evaluation)):
                 load_state(model, archive, path, "the weights")
-                self.history = self._json().get("history", [])
+                self.history = self._json(hashlib.sha256(path.read_bytes()).hexdigest()).get("history", [])
                 return
         raise UserError(f"the weights {path} {wrong}")
 
-    def _json(self) -> dict:
-        """What the run's JSON holds; nothing if there is none of this configuration."""
+    def _json(self, weights_sha256: str) -> dict:
+        """What the run's JSON holds; nothing if there is none of these weights."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             content = json.loads((self.out / "figures" / f"{self.name}.json").read_bytes())
-            if content["config"] == self.config:
+            if content["weights_sha256"] == weights_sha256:
                 return content
         return {}
 

@@ -5,8 +5,7 @@ a(x) whether x is real. Each is trained against the other as it is, on noise of 
 
     L_D = E_data[softplus(-a(x))] + E_z[softplus(a(G(z)))],    L_G = E_z[softplus(-a(G(z)))],        eq:gan
 
-of the report. G circles the equilibrium and does not come to rest in it; samples are drawn by the running average of
-its weights.
+of the report. G circles the equilibrium and does not come to rest, so samples come from an average of its weights.
 
     python code/gan.py    # Frechet distance 12.2, precision 0.802, recall 0.800; 2303 s
     (seed 0; AMD EPYC, 2 threads, torch 2.15.0+cu132)
@@ -40,12 +39,12 @@ NEAREST = 20  # samples that are shown beside their nearest training images
 # Model
 
 
-def doubling(inputs: int, leak: float) -> nn.Sequential:
+def generator_block(inputs: int, leak: float) -> nn.Sequential:
     """A hidden layer of the generator: (batch, inputs) to (batch, 2 inputs). Batch norm would take off any bias."""
     return nn.Sequential(nn.Linear(inputs, 2 * inputs, bias=False), nn.BatchNorm1d(2 * inputs), nn.LeakyReLU(leak))
 
 
-def narrowing(inputs: int, outputs: int, leak: float, dropout: float) -> nn.Sequential:
+def discriminator_block(inputs: int, outputs: int, leak: float, dropout: float) -> nn.Sequential:
     """A hidden layer of the discriminator: (batch, inputs) to (batch, outputs)."""
     return nn.Sequential(nn.Linear(inputs, outputs), nn.LeakyReLU(leak), nn.Dropout(dropout))
 
@@ -59,13 +58,12 @@ class GAN(nn.Module):
     def __init__(self, z_dim: int, leak: float, dropout: float):
         super().__init__()
         self.z_dim = z_dim
+        hidden = (generator_block(units, leak) for units in (128, 256, 512))
         self.generator = nn.Sequential(
-            nn.Linear(z_dim, 128), nn.LeakyReLU(leak), doubling(128, leak), doubling(256, leak), doubling(512, leak),
-            nn.Linear(1024, mnist.PIXELS), nn.Tanh(),
-        )  # fmt: skip
-        self.discriminator = nn.Sequential(
-            narrowing(mnist.PIXELS, 512, leak, dropout), narrowing(512, 256, leak, dropout), nn.Linear(256, 1)
+            nn.Linear(z_dim, 128), nn.LeakyReLU(leak), *hidden, nn.Linear(1024, mnist.PIXELS), nn.Tanh()
         )
+        hidden = (discriminator_block(*units, leak, dropout) for units in ((mnist.PIXELS, 512), (512, 256)))
+        self.discriminator = nn.Sequential(*hidden, nn.Linear(256, 1))
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
 
     def generate(self, z: Tensor) -> Tensor:
@@ -174,7 +172,8 @@ def train(run: Run, model: GAN, data: mnist.Data) -> None:
     run.start(model=model, optimizer_d=optimizers[0], optimizer_g=optimizers[1])
     take_step = training.CapturedStep(lambda *batch: training_step(model, optimizers, images, *batch), run.device)
     figures = torch.zeros(steps, 4, device=run.device)
-    settling = fixed_normal("settling", args.settling, model.z_dim).to(run.device).split(EVALUATION_BATCH)
+    settling = fixed_normal("settling", args.settling, model.z_dim).to(run.device)
+    settling = settling.chunk(-(-args.settling // EVALUATION_BATCH))  # of equal size, as they count alike
     for epoch in range(run.first_epoch, args.epochs + 1):
         model.train()
         untrained = copy.deepcopy(model) if epoch == 0 else None  # whose batch norm may count the pass
@@ -244,7 +243,7 @@ def panel(model: GAN) -> Tensor:
 
 
 def draw(run: Run, model: GAN, data: mnist.Data) -> None:
-    """The pictures: of the course of the training from the history and the frames, else from the weights."""
+    """Draw curves and panels from the history and the frames, everything else from the weights."""
     draw_losses(run)
     frames = {**run.frames, run.args.epochs: panel(model)}
     for epoch in frames.keys() & run.panels(0, 0.01, 0.04, 0.5, 1):
@@ -313,8 +312,10 @@ def flags() -> cli.Parser:
     parser.add_argument("--z-dim", type=count, default=100, metavar="N", help="numbers of noise")
     parser.add_argument("--leak", type=share, default=0.2, metavar="X", help="slope of every leaky ReLU below 0")
     parser.add_argument("--dropout", type=share, default=0.3, metavar="X", help="share of D's units that are dropped")
-    parser.add_argument("--decay", type=share, default=0.999, metavar="X", help="of G's moving average, a step")
-    parser.add_argument("--settling", type=count, default=5000, metavar="N", help="noise for the average's batch norm")
+    parser.add_argument("--decay", type=share, default=0.999, metavar="X", help="of the moving average of G's weights")
+    parser.add_argument(
+        "--settling", type=count, default=5000, metavar="N", help="noise vectors for the average's batch norm"
+    )
     return parser
 
 
@@ -323,8 +324,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --evaluate or --sample use what was trained."""
     parser = flags()
     args = parser.parse_args(argv)
-    if args.batch_size == 1:
-        raise UserError("--batch-size 1: batch norm needs at least 2 images to a batch")
+    if 1 in (args.batch_size, args.settling):
+        raise UserError("--batch-size 1 or --settling 1: batch norm needs at least 2 images to a batch")
     run = Run("gan", parser, args)
     torch.manual_seed(args.seed)
     model = build(run.config).to(run.device).eval()

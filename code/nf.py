@@ -72,8 +72,8 @@ def invert_mixture(z: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor, steps: 
     """x with logit F(x) = z: z (batch, ...) to (batch, ...), the mixture as in mixture_logit.
 
     logit F lies between the least and the greatest u_j, hence x between the least and the greatest of mu_j + s_j z.
-    Newton's steps within that bracket, which every point narrows; its middle instead where a step would leave it, or is
-    more than half as long as the one before. Raises RunError where `steps` bring a number not to its last digits.
+    Newton's method inside that bracket, which every evaluation narrows; a bisection step where Newton's would leave it
+    or is more than half as long as the one before. Raises RunError if a number has not converged after `steps`.
     """
     ends = mu + torch.exp(log_s) * z.unsqueeze(1)
     low, high = ends.amin(1), ends.amax(1)
@@ -140,12 +140,12 @@ class Coupling(nn.Module):
         log_scale, shift, mixture = self.maps(x_a)
         ladj = log_scale
         if self.components:
-            x_b, of_mixture = mixture_logit(x_b, *mixture)
-            ladj = ladj + of_mixture
+            x_b, ladj_mixture = mixture_logit(x_b, *mixture)
+            ladj = ladj + ladj_mixture
         return x_b * torch.exp(log_scale) + shift, ladj.flatten(1).sum(1)
 
     def inverse(self, x_a: Tensor, z_b: Tensor) -> Tensor:
-        """The x_b that `forward` makes z_b of."""
+        """The x_b that `forward` maps to z_b."""
         log_scale, shift, mixture = self.maps(x_a)
         x_b = (z_b - shift) * torch.exp(-log_scale)
         return invert_mixture(x_b, *mixture) if self.components else x_b
@@ -188,20 +188,20 @@ class Flow(nn.Module):
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Images (batch, side, side), side a multiple of 2^(levels/2), to z (batch, side^2) and ladj, (batch,)."""
-        y, of_logit = to_logits(v, self.shrink)
-        ladj = of_logit.flatten(1).sum(1)
+        y, ladj_logit = to_logits(v, self.shrink)
+        ladj = ladj_logit.flatten(1).sum(1)
         rest, done = y.unsqueeze(1), []
         for level in self.levels:
             x_a, x_b = split(rest)
             for coupling in level:
-                z_b, of_coupling = coupling(x_a, x_b)
-                x_a, x_b, ladj = z_b, x_a, ladj + of_coupling  # the next one transforms what this one saw
+                z_b, ladj_coupling = coupling(x_a, x_b)
+                x_a, x_b, ladj = z_b, x_a, ladj + ladj_coupling  # the next one transforms what this one saw
             done.append(x_a.flatten(1))
             rest = x_b
         return torch.cat((*done, rest.flatten(1)), 1), ladj
 
     def inverse(self, z: Tensor) -> Tensor:
-        """z (batch, side^2) to the images (batch, side, side) that `forward` makes it of."""
+        """z (batch, side^2) to the images (batch, side, side) that `forward` maps to it."""
         side = math.isqrt(z.shape[1]) >> (len(self.levels) + 1) // 2
         rest = z[:, -(z.shape[1] >> len(self.levels)) :].reshape(len(z), -1, side, side)
         for level in reversed(self.levels):
@@ -225,7 +225,7 @@ def build(config: dict) -> Flow:
 def log_prob(model: Flow, v: Tensor) -> Tensor:
     """log p(v) of images (batch, side, side) with values in [0, 256], eq:flow: (batch,), in nats.
 
-    Over [0, 256]^d the density integrates to 1 but for what it has outside, which eq:logit's shrinking lets it have.
+    On [0, 256]^d it integrates to slightly less than 1: eq:logit's shrinking puts some of its mass outside.
     """
     z, ladj = model(v)
     return ladj - 0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
@@ -357,7 +357,7 @@ def panel(model: Flow) -> Tensor:
 
 @torch.inference_mode()
 def draw(run: Run, model: Flow, data: mnist.Data) -> None:
-    """The pictures: of the course of the training from the history and the frames, else from the weights."""
+    """Draw curves and panels from the history and the frames, everything else from the weights."""
     keys, title = ("train_bpd", "val_bpd"), "Bits per dimension (lower is better)"
     pictures.save_training_curves(run.figure("bpd"), run.history, keys, "bits", title, legend="upper right")
     for epoch, images in {**run.frames, run.args.epochs: panel(model)}.items():
@@ -382,16 +382,16 @@ def flags() -> cli.Parser:
     parser = cli.Parser(description=__doc__.partition("\n")[0])
     cli.add_flags(parser, epochs=40, batch_size=48, lr=3e-3, betas=(0.9, 0.99))
     count, share, size = cli.positive_int, cli.fraction, cli.positive_float
-    parser.add_argument("--levels", type=count, default=4, metavar="N", help="of the checkerboard")
+    parser.add_argument("--levels", type=count, choices=range(1, 5), default=4, metavar="N", help="of the checkerboard")
     parser.add_argument("--couplings", type=count, default=3, metavar="N", help="on each level")
     parser.add_argument("--hidden", type=count, default=32, metavar="N", help="channels of the conditioners")
-    parser.add_argument("--components", type=cli.nonnegative_int, default=4, help="logistics in a map; 0: affine alone")
-    parser.add_argument("--shrink", type=size, default=1e-5, metavar="X", help="of pixels, before the logit")
+    parser.add_argument("--components", type=cli.nonnegative_int, default=4, metavar="J", help="logistics; 0: none")
+    parser.add_argument("--shrink", type=share, default=1e-5, metavar="X", help="of pixels: a of eq:logit")
     parser.add_argument("--spread", type=size, default=4.0, metavar="X", help="of a mixture's means at the start")
     parser.add_argument("--log-scale-limit", type=size, default=7.0, metavar="X", help="of a logistic, either way")
     parser.add_argument("--clip", type=size, default=100.0, metavar="X", help="greatest norm of a gradient")
     parser.add_argument("--warmup", type=share, default=0.05, metavar="X", help="share of steps until the peak")
-    parser.add_argument("--importance-samples", type=count, default=8, metavar="K", help="an image, for log p(x)")
+    parser.add_argument("--importance-samples", type=count, default=8, metavar="K", help="per image")
     return parser
 
 

@@ -39,8 +39,8 @@ def slerp(start: Tensor, end: Tensor, points: int) -> Tensor:
     cosine = (F.normalize(start, dim=-1) * F.normalize(end, dim=-1)).sum(-1).clamp(-1, 1)
     angle = torch.acos(cosine)[:, None, None]  # (n, 1, 1)
     t = torch.linspace(0, 1, points, dtype=start.dtype, device=start.device)[:, None]
-    of_start, of_end = (torch.where(angle == 0, s, torch.sin(s * angle) / torch.sin(angle)) for s in (1 - t, t))
-    return of_start * start[:, None] + of_end * end[:, None]
+    weight_start, weight_end = (torch.where(angle == 0, s, torch.sin(s * angle) / torch.sin(angle)) for s in (1 - t, t))
+    return weight_start * start[:, None] + weight_end * end[:, None]
 
 
 def warmup_cosine(step: int, steps: int, warmup: float) -> float:
@@ -60,16 +60,16 @@ def adam(parameters: Iterable[nn.Parameter], lr: float, **settings: Any) -> torc
     For that its learning rate must be a number on the device. It stays one when the state of a run elsewhere is loaded.
     """
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True, **settings)
-    _suit_the_device(optimizer)
-    optimizer.register_load_state_dict_post_hook(_suit_the_device)
+    _match_device(optimizer)
+    optimizer.register_load_state_dict_post_hook(_match_device)
     return optimizer
 
 
-def _suit_the_device(optimizer: torch.optim.Optimizer) -> None:
+def _match_device(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
-        of, lr = group["params"][0].device, float(group["lr"])
-        group["capturable"] = of.type == "cuda"
-        group["lr"] = torch.tensor(lr, device=of) if group["capturable"] else lr
+        device, lr = group["params"][0].device, float(group["lr"])
+        group["capturable"] = device.type == "cuda"
+        group["lr"] = torch.tensor(lr, device=device) if group["capturable"] else lr
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -114,8 +114,8 @@ class CapturedStep:
 
     WARM_UP = 3
 
-    def __init__(self, step: Callable, of: torch.device):
-        self._step, self._device = step, of
+    def __init__(self, step: Callable, device: torch.device):
+        self._step, self._device = step, device
         self._calls = 0
 
     def __call__(self, index: Tensor, *numbers: float) -> Any:

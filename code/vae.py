@@ -286,7 +286,7 @@ def manifold_latents(side: int) -> Tensor:
 
 
 def draw(run: Run, model: VAE, data: mnist.Data) -> None:
-    """The pictures: of the course of the training from the history and the frames, else from the weights."""
+    """Draw curves and panels from the history and the frames, everything else from the weights."""
     frames = {**run.frames, run.args.epochs: panel(model)}
     keys, title = ("train_elbo", "val_elbo"), f"Evidence lower bound, z of {model.z_dim}"
     pictures.save_training_curves(run.figure("elbo"), run.history, keys, "nats per image (higher is better)", title)
@@ -329,7 +329,7 @@ def flags() -> cli.Parser:
     parser.add_argument("--z-dim", type=cli.positive_int, default=20, metavar="N", help="latents; 2 draws a manifold")
     parser.add_argument("--hidden", type=cli.positive_int, default=416, metavar="N", help="units of every hidden layer")
     parser.add_argument("--warmup", type=cli.fraction, default=0.05, metavar="X", help="share of steps until the peak")
-    parser.add_argument("--importance-samples", type=cli.positive_int, default=500, metavar="K", help="for log p(x)")
+    parser.add_argument("--importance-samples", type=cli.positive_int, default=500, metavar="K", help="per image")
     return parser
 
 

@@ -40,7 +40,8 @@ GRID_POINTS = 560  # along each axis of a grid over z
 WINDOW, WINDOW_POINTS = 0.8, 241  # of the posterior that is drawn: from the mean of q, to each side
 NOISE, DRAWS, REPEATS = 0.3, 1000, 400  # of the linear-Gaussian model, and of its estimates
 ASCENT_STEPS = 50  # on the encoder, then on the decoder
-CODES, AGGREGATE_POINTS, LIMIT = 5000, 401, 6.0  # of the aggregate posterior; of the grid, along each axis and at its edge
+CODES = 5000  # of the aggregate posterior
+AGGREGATE_POINTS, LIMIT = 401, 6.0  # of the grid over z: along each axis, and at its edge
 SIZES = (49, 98, 196, 392, 784, 1568)  # of Jacobians
 SOURCE = (0.5, 0.25, 0.125, 0.125)  # probabilities of the values 0, 1, 2, 3
 SEPARATIONS = [0.25 * n for n in range(33)]  # of two normals, in standard deviations
@@ -127,9 +128,7 @@ def q1_3_ring(out: Path) -> dict:
     radius, angle = x.norm(dim=1), torch.atan2(x[:, 1], x[:, 0])
     fig, panels = pictures.figure(4.8, 2.5, columns=2)
     for ax, points, name in zip(panels, (z, x), ("draws of $N(0, I_2)$", "through the network")):
-        ax.scatter(
-            *points[:4000].T.numpy(), s=2, color=pictures.FIRST_COLOUR, alpha=0.4, linewidths=0, rasterized=True
-        )
+        ax.scatter(*points[:4000].T.numpy(), s=2, color=pictures.FIRST_COLOUR, alpha=0.4, linewidths=0, rasterized=True)
         ax.set(xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal")
         ax.set_title(name, fontsize=10)
     pictures.save_figure(out / "theory_ring", fig, pdf=False)

@@ -8,11 +8,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import experiment
+import cli
 import gan
 import mnist
 import nf
+import training
 import vae
+from conftest import RUNS, SMALL, built
 
 CUDA = torch.device("cuda")
 
@@ -22,28 +24,28 @@ def cuda() -> torch.device:
     """The GPU with the scripts' settings of it."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    return experiment.device("cuda")
+    return cli.device("cuda")
 
 
-def training(script: str, device: torch.device) -> tuple[list[torch.Tensor], object]:
+def captured_step(script: str, device: torch.device) -> tuple[list[torch.Tensor], object]:
     """The state of a fresh model, and its captured training step: on the batch's index, and the step's number."""
     torch.manual_seed(0)
     images = torch.randint(256, (64, 28, 28), dtype=torch.uint8).to(device)
+    flat = images.flatten(1)
+    model = built({"vae": vae, "gan": gan, "nf": nf}[script], *SMALL[script]).to(device)
     if script == "gan":
-        model = gan.GAN().to(device)
-        optimizers = gan.make_optimizers(model, 1e-3)
-        step = experiment.Captured(
-            lambda *batch: gan.training_step(model, optimizers, images.flatten(1), *batch), device
-        )
+        optimizers = gan.make_optimizers(model, 1e-3, (0.0, 0.999))
+        step = training.CapturedStep(lambda *batch: gan.training_step(model, optimizers, flat, *batch), device)
         return list(model.state_dict().values()), lambda index, number: step(index, 0.5 - number / 100)
-    model, module = (vae.VAE(2), vae) if script == "vae" else (nf.Flow(4), nf)
-    model.to(device)
-    optimizer = experiment.adam(model.parameters(), 1e-3)
-    images = images.flatten(1) if script == "vae" else images
-    step = experiment.Captured(lambda index: module.training_step(model, optimizer, images, index), device)
+    optimizer = training.adam(model.parameters(), 1e-3)
+    plain = {
+        "vae": lambda index: vae.training_step(model, optimizer, flat, index),
+        "nf": lambda index: nf.training_step(model, optimizer, images, index, 100.0),
+    }
+    step = training.CapturedStep(plain[script], device)
 
     def scheduled(index: torch.Tensor, number: int) -> object:
-        experiment.set_lr(optimizer, 1e-3 / (1 + number))
+        training.set_lr(optimizer, 1e-3 / (1 + number))
         return step(index)
 
     return list(model.state_dict().values()), scheduled
@@ -51,7 +53,7 @@ def training(script: str, device: torch.device) -> tuple[list[torch.Tensor], obj
 
 def test_on_a_cpu_a_call_is_the_steps_own():
     calls = []
-    step = experiment.Captured(lambda *arguments: calls.append(arguments) or len(calls), torch.device("cpu"))
+    step = training.CapturedStep(lambda *arguments: calls.append(arguments) or len(calls), torch.device("cpu"))
     index = torch.arange(3)
     assert [step(index, 0.25) for _ in range(6)] == [1, 2, 3, 4, 5, 6]
     assert all(arguments[0] is index and arguments[1] == 0.25 for arguments in calls)
@@ -89,7 +91,7 @@ def test_after_warming_up_the_graph_is_fed_and_replayed(monkeypatch):
         CUDAGraph=Graph, graph=lambda graph, stream: recording(graph, stream),
     )  # fmt: skip
     monkeypatch.setattr(torch, "cuda", stand_in)
-    captured = experiment.Captured(step, CUDA)
+    captured = training.CapturedStep(step, CUDA)
     expected = 0.0
     for n in range(1, 8):
         index = torch.tensor([n, 2 * n])
@@ -102,17 +104,17 @@ def test_after_warming_up_the_graph_is_fed_and_replayed(monkeypatch):
 
 def test_adam_is_torchs_and_keeps_its_settings_when_it_is_loaded():
     ours, theirs = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    optimizers = experiment.adam([ours], 0.1, betas=(0.5, 0.9)), torch.optim.Adam([theirs], lr=0.1, betas=(0.5, 0.9))
+    optimizers = training.adam([ours], 0.1, betas=(0.5, 0.9)), torch.optim.Adam([theirs], lr=0.1, betas=(0.5, 0.9))
     for step in range(4):
         for parameter, optimizer in zip((ours, theirs), optimizers):
             if step == 2:
-                experiment.set_lr(optimizer, 0.01)
+                training.set_lr(optimizer, 0.01)
             parameter.grad = torch.tensor([1.0, -2.0, 0.5]) * (step + 1)
             optimizer.step()
     torch.testing.assert_close(ours, theirs)
     state = optimizers[0].state_dict()
     state["param_groups"][0] |= {"lr": torch.tensor(0.25), "capturable": True}  # as a run on CUDA leaves them
-    again = experiment.adam([torch.nn.Parameter(torch.ones(3))], 0.1)
+    again = training.adam([torch.nn.Parameter(torch.ones(3))], 0.1)
     again.load_state_dict(state)
     (group,) = again.param_groups
     assert group["lr"] == 0.25 and type(group["lr"]) is float and group["capturable"] is False
@@ -128,9 +130,9 @@ class NoReadingBack(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("script", ["vae", "gan", "nf"])
+@pytest.mark.parametrize("script", RUNS)
 def test_a_step_reads_nothing_back(script):
-    _, step = training(script, torch.device("cpu"))
+    _, step = captured_step(script, torch.device("cpu"))
     step(torch.arange(32), 0)
     with NoReadingBack():
         step(torch.arange(32), 1)
@@ -143,7 +145,7 @@ def test_batches_and_noise_are_drawn_where_the_images_are():
     meta = torch.device("meta")
     images = torch.zeros(64, 28, 28, dtype=torch.uint8, device=meta)
     index = next(iter(mnist.batches(64, 32, meta)))
-    drawn = [index, *vae.draw_batch(images.flatten(1), index, 2), *gan.draw_batch(images.flatten(1), index)]
+    drawn = [index, *vae.draw_batch(images.flatten(1), index, 2), *gan.draw_batch(images.flatten(1), index, 100)]
     drawn.append(nf.draw_batch(images, index))
     assert [each.device for each in drawn] == 7 * [meta]
 
@@ -151,15 +153,15 @@ def test_batches_and_noise_are_drawn_where_the_images_are():
 def test_a_rate_on_the_device_is_changed_in_place():
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=torch.tensor(0.5))
     rate = optimizer.param_groups[0]["lr"]
-    experiment.set_lr(optimizer, 0.25)
+    training.set_lr(optimizer, 0.25)
     assert optimizer.param_groups[0]["lr"] is rate and rate == 0.25
 
 
 def test_on_cuda_adams_rate_is_on_the_device():
     """Also when the state is of a run on a CPU. With tensors that know their device and hold no numbers."""
-    state = experiment.adam([torch.nn.Parameter(torch.ones(2))], 0.1).state_dict()
+    state = training.adam([torch.nn.Parameter(torch.ones(2))], 0.1).state_dict()
     with FakeTensorMode():
-        optimizer = experiment.adam([torch.nn.Parameter(torch.ones(2, device=CUDA))], 0.1)
+        optimizer = training.adam([torch.nn.Parameter(torch.ones(2, device=CUDA))], 0.1)
         for loaded in (False, True):
             if loaded:
                 optimizer.load_state_dict(state)
@@ -167,13 +169,13 @@ def test_on_cuda_adams_rate_is_on_the_device():
             assert group["lr"].device.type == "cuda" and group["capturable"]
 
 
-@pytest.mark.parametrize("script", ["vae", "gan", "nf"])
+@pytest.mark.parametrize("script", RUNS)
 def test_replays_leave_the_weights_that_plain_steps_do(script, monkeypatch, cuda):
     """With the same random numbers, hence on noise that is new at every step in both, and another index each time."""
     left = []
     for warm_up in (3, 100):
-        monkeypatch.setattr(experiment.Captured, "WARM_UP", warm_up)
-        parameters, step = training(script, cuda)
+        monkeypatch.setattr(training.CapturedStep, "WARM_UP", warm_up)
+        parameters, step = captured_step(script, cuda)
         torch.manual_seed(1)
         for number in range(8):
             step(torch.arange(32, device=cuda) + number, number)
@@ -184,16 +186,16 @@ def test_replays_leave_the_weights_that_plain_steps_do(script, monkeypatch, cuda
 
 def test_random_numbers_differ_from_replay_to_replay(cuda):
     torch.manual_seed(0)
-    step = experiment.Captured(lambda index: torch.rand(1000, device=index.device), cuda)
+    step = training.CapturedStep(lambda index: torch.rand(1000, device=index.device), cuda)
     drawn = [step(torch.arange(2, device=cuda)).clone() for _ in range(8)]
     for n, one in enumerate(drawn):
         assert abs(one.mean() - 0.5) < 4 / 12**0.5 / 1000**0.5
         assert not any(torch.equal(one, other) for other in drawn[:n])
 
 
-@pytest.mark.parametrize("script", ["vae", "gan", "nf"])
+@pytest.mark.parametrize("script", RUNS)
 def test_a_step_does_not_wait_for_the_device(script, cuda):
-    _, step = training(script, cuda)
+    _, step = captured_step(script, cuda)
     losses = torch.zeros(8, device=cuda)
     for number in range(5):
         step(torch.arange(32, device=cuda), number)

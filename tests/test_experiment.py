@@ -3,21 +3,22 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+import cli
 import experiment
 import mnist
+import training
 import vae
-from conftest import ROOT, contents
-from experiment import RunError, UserError
-
-CODE = ROOT / "code"
-FLAGS = ["--epochs", "2", "--batch-size", "50", "--importance-samples", "2"]
+from cli import RunError, UserError
+from conftest import COSTS, ROOT, SMALL, VERDICT, contents, result_of
 
 
 @pytest.fixture
@@ -26,10 +27,16 @@ def train(tiny, tmp_path, capsys):
 
     def run(*flags: str, out="out"):
         capsys.readouterr()
-        status = vae.main([*FLAGS, "--out", str(tmp_path / out), *flags])
+        status = vae.main([*SMALL["vae"], "--out", str(tmp_path / out), *flags])
         return status, capsys.readouterr().err.splitlines()
 
     return run
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """The folder to which `train` writes, with a finished run in it."""
+    return shutil.copytree(finished("vae"), tmp_path / "out")
 
 
 def fails(outcome, status: int, *words: str) -> None:
@@ -48,11 +55,12 @@ def fails(outcome, status: int, *words: str) -> None:
     "flags",
     [
         f"{flag}={value}"
-        for flag in ("--epochs", "--batch-size", "--lr", "--z-dim", "--importance-samples")
+        for flag in ("--epochs", "--batch-size", "--lr", "--z-dim", "--hidden", "--importance-samples")
         for value in ("0", "-1", "nan", "many", "")
     ]
     + ["--lr=inf", "--epochs=1.5", "--seed=-1", "--seed=x", "--sample=0", "--dataset=cifar", "--device=tpu"]
-    + ["--batch-size=501", "--unknown", "--epoch=3", "--resume --evaluate", "--sample=3 --resume"],
+    + ["--batch-size=501", "--unknown", "--epoch=3", "--resume --evaluate", "--sample=3 --resume", "--warmup=1"]
+    + ["--betas=0.9", "--betas 0.9 1", "--betas 0.9 x", "--warmup=-0.1", "--warmup=nan"],
 )
 def test_bad_flags_are_one_line(train, tmp_path, flags):
     fails(train(*flags.split()), 2, flags.split("=")[0].split()[0])
@@ -69,18 +77,25 @@ def test_auto_takes_cuda_then_mps_then_the_cpu(monkeypatch):
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda here=cuda: here)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=mps: here)
-        assert experiment.device("auto").type == expected
+        assert cli.device("auto").type == expected
 
 
 def test_a_trial_does_not_touch_the_reports_folders(tiny, tmp_path, capsys):
-    assert vae.main(["--epochs", "1", "--importance-samples", "1", "--batch-size", "50"]) == 0
-    assert "--epochs 1" in capsys.readouterr().out
+    assert vae.main(SMALL["vae"]) == 0
+    assert "--hidden 32" in capsys.readouterr().err
     repository = tmp_path / "repository"
     assert {path.relative_to(repository).parts[0] for path in repository.rglob("*")} == {"out"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "reports"),
+    [(flags, True) for flags in ("", "--z-dim 2", "--betas 0.9 0.999 --device cpu")]
+    + [(flags, False) for flags in ("--z-dim 3", "--z-dim 2 --lr 1", "--seed 1", "--dataset fashion-mnist")],
+)
+def test_only_the_reports_settings_write_to_its_folders(tmp_path, flags, reports):
     parser = vae.flags()
-    args = parser.parse_args(["--z-dim", "2"])
-    run = experiment.Run("vae_z2", parser, args, {}, report={"z_dim": (20, 2)})
-    assert run.out == repository
+    run = experiment.Run("vae", parser, parser.parse_args(flags.split()), report=({}, {"z_dim": 2}))
+    assert run.out == tmp_path / "repository" / ("" if reports else "out")
 
 
 def test_peak_memory_is_this_processs_own():
@@ -88,7 +103,7 @@ def test_peak_memory_is_this_processs_own():
     held = torch.ones(2**28)
     assert experiment.peak_memory_mib(torch.device("cpu")) > 1024
     command = "import experiment, torch; print(experiment.peak_memory_mib(torch.device('cpu')))"
-    child = subprocess.run([sys.executable, "-c", command], cwd=CODE, capture_output=True, text=True, timeout=60)
+    child = subprocess.run([sys.executable, "-c", command], cwd=ROOT / "code", capture_output=True, text=True)
     assert 0 < float(child.stdout) < 1024 and len(held)
 
 
@@ -116,75 +131,59 @@ def test_torch_bytes_and_json_are_repeatable_and_strict():
 
 
 def test_warmup_cosine():
-    factors = [experiment.warmup_cosine(step, 100, 0.1) for step in range(100)]
+    factors = [training.warmup_cosine(step, 100, 0.1) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10] == 1 and factors[55] == pytest.approx(0.5) and 0 < factors[99] < 1e-3
-    assert experiment.warmup_cosine(0, 1, 0.05) == 1
+    assert training.warmup_cosine(0, 1, 0.05) == 1
 
 
 # Runs
 
 
-def test_json_is_what_the_design_says(train, tmp_path):
-    assert train()[0] == 0
-    text = (tmp_path / "out/figures/vae_z20.json").read_text()
+def test_json_is_what_the_design_says(out, tmp_path):
+    text = (out / "figures/vae_z20.json").read_text()
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert list(content) == ["run", "config", "environment", "history", "result", "weights_sha256"]
     assert set(content["environment"]) == {"python", "torch", "device", "cpu", "threads", "commit"}
     assert [row["epoch"] for row in content["history"]] == [0, 1, 2]
     assert set(content["history"][0]) == {"epoch", "train_elbo", "val_elbo", "seconds"}
     result = content["result"]
-    assert set(result) == {
-        "test_elbo", "test_nll", "test_nll_se", "importance_samples",
-        "parameters", "train_seconds", "peak_memory_mib", "seconds_per_1000_samples",
-        "fid", "precision", "recall", "class_counts",
-    }  # fmt: skip
+    assert set(result) == {"test_elbo", "test_nll", "test_nll_se", "importance_samples"} | COSTS | VERDICT
     assert result["train_seconds"] == pytest.approx(sum(row["seconds"] for row in content["history"]))
-    assert str(tmp_path) not in text
-    archive = torch.load(tmp_path / "out/weights/vae_z20.pt", weights_only=True)
+    assert str(tmp_path.parent) not in text
+    archive = torch.load(out / "weights/vae_z20.pt", weights_only=True)
     assert result["parameters"] == sum(tensor.numel() for tensor in archive["model"].values())
     assert archive["config"] == content["config"]
 
 
-def test_evaluate_gives_the_result_again_and_sample_writes_an_npz(train, tmp_path, capsys):
-    import numpy as np
-
-    assert train()[0] == 0
-    before = contents(tmp_path / "out")
-    capsys.readouterr()
-    assert vae.main([*FLAGS, "--out", str(tmp_path / "out"), "--evaluate"]) == 0
+def test_evaluate_gives_the_result_again_and_sample_writes_an_npz(train, out, monkeypatch, capsys):
+    before = contents(out)
+    assert vae.main([*SMALL["vae"], "--out", str(out), "--evaluate"]) == 0
     again = json.loads(capsys.readouterr().out)
-    trained = json.loads(before["figures/vae_z20.json"])["result"]
-    for key in ("test_elbo", "test_nll", "test_nll_se", "fid", "precision", "recall", "class_counts"):
+    trained = result_of(out, "vae_z20")["result"]
+    for key in VERDICT | {"test_elbo", "test_nll", "test_nll_se"}:
         assert again[key] == pytest.approx(trained[key], rel=1e-6)
-    assert contents(tmp_path / "out") == before
+    assert contents(out) == before
+    monkeypatch.setattr(mnist, "load", lambda *args: pytest.fail("sampling needs no data"))
     drawn = []
     for n in (23, 23, 40):
         assert train("--sample", str(n))[0] == 0
-        drawn.append(np.load(tmp_path / "out/figures/vae_z20_samples.npz")["images"])
+        drawn.append(np.load(out / "figures/vae_z20_samples.npz")["images"])
         assert drawn[-1].shape == (n, 28, 28) and drawn[-1].dtype == np.uint8 and drawn[-1].std() > 0
     assert np.array_equal(drawn[0], drawn[1])
 
 
-def test_more_importance_samples_need_no_new_training(tiny, tmp_path, capsys):
-    assert vae.main(["--out", str(tmp_path / "out"), *FLAGS]) == 0
-    capsys.readouterr()
-    assert vae.main(["--out", str(tmp_path / "out"), *FLAGS, "--importance-samples", "9", "--evaluate"]) == 0
+def test_more_importance_samples_need_no_new_training(tiny, out, capsys):
+    flags = [*SMALL["vae"], "--out", str(out), "--importance-samples", "9"]
+    assert vae.main([*flags, "--evaluate"]) == 0
     assert json.loads(capsys.readouterr().out)["importance_samples"] == 9
-    assert vae.main(["--out", str(tmp_path / "out"), *FLAGS, "--importance-samples", "9", "--resume"]) == 2
-
-
-def test_sampling_needs_no_data(train, monkeypatch):
-    assert train()[0] == 0
-    monkeypatch.setattr(mnist, "load", lambda *args: pytest.fail("the data were loaded"))
-    assert train("--sample", "3")[0] == 0
+    assert vae.main([*flags, "--resume"]) == 2
 
 
 @pytest.mark.parametrize("flag", ["--evaluate", "--sample=5"])
-def test_using_weights_that_are_missing_or_other(train, tmp_path, flag):
-    fails(train(flag), 2, "no weights", "train first")
-    assert train()[0] == 0
-    weights = tmp_path / "out/weights/vae_z20.pt"
+def test_using_weights_that_are_missing_or_other(train, out, flag):
+    fails(train(flag, out="elsewhere"), 2, "do not exist", "train first")
+    weights = out / "weights/vae_z20.pt"
     fails(train(flag, "--epochs", "3"), 2, "epochs 2 there, 3 here")
     fails(train(flag, "--lr", "0.1", "--seed", "7"), 2, "lr", "seed 0 there, 7 here")
     archive = torch.load(weights, weights_only=True)
@@ -194,67 +193,62 @@ def test_using_weights_that_are_missing_or_other(train, tmp_path, flag):
     fails(train(flag), 2, "of another network")
 
 
-def test_resume_without_a_checkpoint_says_so_and_starts(tiny, tmp_path, capsys):
-    assert vae.main([*FLAGS, "--out", str(tmp_path / "out"), "--resume"]) == 0
-    assert "no checkpoint" in capsys.readouterr().out
+def test_resume_without_a_checkpoint_says_so_and_starts(train, tmp_path):
+    status, lines = train("--resume")
+    assert status == 0 and "no checkpoint" in lines[0] and "epoch 0/2" in lines[1]
     assert (tmp_path / "out/figures/vae_z20.json").exists()
 
 
-def test_resume_of_a_finished_run_redraws_the_same(train, tmp_path):
-    assert train()[0] == 0
-    before = contents(tmp_path / "out")
-    for path in (tmp_path / "out/figures").glob("*.p*"):
+def test_resume_of_a_finished_run_redraws_the_same(train, out):
+    before = contents(out)
+    for path in (out / "figures").glob("*.p*"):
         path.unlink()
     status, lines = train("--resume")
     assert status == 0 and not lines  # no epoch was trained
-    assert contents(tmp_path / "out") == before
-    (tmp_path / "out/figures/vae_z20.json").unlink()  # as if killed just before the end
+    assert contents(out) == before
+    (out / "figures/vae_z20.json").unlink()  # as if killed just before the end
     assert train("--resume")[0] == 0
-    after = contents(tmp_path / "out")
+    after = contents(out)
     assert {name for name in before if after[name] != before[name]} <= {"figures/vae_z20.json"}  # the time of sampling
 
 
-def test_a_fresh_run_replaces_a_finished_one(train, tmp_path):
-    assert train()[0] == 0
-    path = tmp_path / "out/figures/vae_z20.json"
+def test_a_fresh_run_replaces_a_finished_one(train, out):
+    path = out / "figures/vae_z20.json"
     before = path.read_bytes()
     assert train()[0] == 0
     assert path.read_bytes() != before  # its times
 
 
-def test_resume_with_another_configuration_names_what_differs(train, tmp_path):
-    assert train()[0] == 0
-    before = contents(tmp_path / "out")
+def test_resume_with_another_configuration_names_what_differs(train, out):
+    before = contents(out)
     fails(train("--resume", "--epochs", "3"), 2, "epochs 2 there, 3 here")
     fails(train("--resume", "--lr", "0.5", "--batch-size", "20"), 2, "lr", "batch_size 50 there, 20 here")
-    assert contents(tmp_path / "out") == before
+    assert contents(out) == before
 
 
 def damages(content: bytes):
-    """Ways to spoil a file: name, bytes."""
-    yield "empty", b""
-    yield "truncated", content[: len(content) // 2]
-    yield "shortened", content[:-10]
-    yield "text", b"no archive at all"
+    """Ways to spoil a file."""
+    yield b""
+    yield content[: len(content) // 2]
+    yield content[:-10]
+    yield b"no archive at all"
     for part in (0.1, 0.5, 0.9):
         at = int(part * len(content))
-        yield f"flipped at {part}", content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
+        yield content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
 
 
 @pytest.mark.parametrize("folder", ["checkpoints", "weights"])
-def test_damaged_archives(train, tmp_path, folder):
-    assert train()[0] == 0
-    path = tmp_path / f"out/{folder}/vae_z20.pt"
-    for _, damaged in damages(path.read_bytes()):
+def test_damaged_archives(train, out, folder):
+    path = out / folder / "vae_z20.pt"
+    for damaged in damages(path.read_bytes()):
         path.write_bytes(damaged)
-        before = contents(tmp_path / "out")
+        before = contents(out)
         fails(train("--resume" if folder == "checkpoints" else "--evaluate"), 2, "is damaged", path.name)
-        assert contents(tmp_path / "out") == before
+        assert contents(out) == before
 
 
-def test_checkpoint_of_another_script(train, tmp_path):
-    assert train()[0] == 0
-    path = tmp_path / "out/checkpoints/vae_z20.pt"
+def test_checkpoint_of_another_script(train, out):
+    path = out / "checkpoints/vae_z20.pt"
     whole = torch.load(path, weights_only=True)
     for other, words in (
         ({**whole, "run": "gan"}, "of gan, not of vae_z20"),
@@ -278,13 +272,10 @@ def test_divergence_names_epoch_and_step_and_keeps_the_checkpoint(train, tmp_pat
     assert [row["epoch"] for row in checkpoint["history"]] == [0]
 
 
-def test_check_finite_names_the_first_bad_step(train, tmp_path):
-    parser = vae.flags()
-    run = experiment.Run("x", parser, parser.parse_args(["--out", str(tmp_path)]), {})
-    run.history = [{"epoch": 0}]
-    run.check_finite(loss=torch.zeros(5))
+def test_check_finite_names_the_first_bad_step():
+    training.check_finite(1, loss=torch.zeros(5))
     with pytest.raises(RunError, match="loss_d is nan in epoch 1 at step 3 of 5"):
-        run.check_finite(loss_g=torch.zeros(5), loss_d=torch.tensor([0, 0, torch.nan, 0, torch.inf]))
+        training.check_finite(1, loss_g=torch.zeros(5), loss_d=torch.tensor([0, 0, torch.nan, 0, torch.inf]))
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path, monkeypatch):
@@ -303,7 +294,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_stop_with_the_command_that_goes_on(train, tmp_path, monkeypatch, signum, status):
+def test_signals_stop_with_the_command_that_goes_on(train, finished, tmp_path, monkeypatch, signum, status):
     batches = mnist.batches
 
     def interrupted(*args):
@@ -317,15 +308,15 @@ def test_signals_stop_with_the_command_that_goes_on(train, tmp_path, monkeypatch
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     monkeypatch.setattr(mnist, "batches", batches)
     assert train("--resume")[0] == 0
-    assert train(out="whole")[0] == 0
-    ours, whole = contents(tmp_path / "out"), contents(tmp_path / "whole")
+    ours, whole = contents(tmp_path / "out"), contents(finished("vae"))
     assert ours.keys() == whole.keys()
     differing = {name for name in ours if ours[name] != whole[name]}
     assert differing == {"checkpoints/vae_z20.pt", "figures/vae_z20.json"}  # their times
 
 
-def test_stopped_before_the_first_checkpoint_says_to_run_again(train, monkeypatch):
-    monkeypatch.setattr(vae, "keep_frame", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+@pytest.mark.parametrize(("module", "name"), [(mnist, "load"), (vae, "panel")])
+def test_stopped_before_the_first_checkpoint_says_to_run_again(train, monkeypatch, module, name):
+    monkeypatch.setattr(module, name, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     fails(train(), 143, "run the same command again")
 
 
@@ -333,13 +324,8 @@ def test_too_little_memory_is_one_line(train):
     fails(train("--z-dim", "1000000000000"), 1, "out of memory")
 
 
-def test_stopped_before_training_says_to_run_again(train, monkeypatch):
-    monkeypatch.setattr(mnist, "load", lambda *args: os.kill(os.getpid(), signal.SIGINT))
-    fails(train(), 130, "run the same command again")
-
-
-def test_user_errors_do_not_hide_bugs(monkeypatch):
-    @experiment.exit_status
+def test_user_errors_do_not_hide_bugs():
+    @cli.exit_status
     def main(argv=None):
         raise UserError("what") if argv else KeyError("a bug")
 

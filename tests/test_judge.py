@@ -1,10 +1,11 @@
 """The judge: its measures against closed forms and scipy, its errors, and the frozen weights on real images."""
 
+import functools
 import hashlib
+import importlib
 import io
-import json
 import math
-import time
+import shutil
 import zipfile
 
 import numpy as np
@@ -15,9 +16,9 @@ from torch import Tensor
 
 import experiment
 import judge
-import mnist
 import vae
-from conftest import ROOT, run_script
+from cli import UserError
+from conftest import ROOT, RUNS, SMALL, VERDICT, lasting, result_of, run_script
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +26,20 @@ def model() -> judge.Judge:
     return judge.load(torch.device("cpu"), ROOT)
 
 
-@pytest.fixture(scope="module")
-def data(data_dir) -> mnist.Data:
-    return mnist.load("mnist", data_dir)
-
-
 def normal(n: int, d: int, seed: int) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# 17
+# Frechet distance
 
 
-def test_17_frechet_distance_of_a_set_with_itself_is_zero():
+def test_frechet_distance_of_a_set_with_itself_is_zero():
     a = normal(500, 20, 0) @ normal(20, 20, 1)
     assert judge.frechet_distance(a, a) < 1e-9 * a.square().sum(1).mean()
     assert judge.frechet_distance(a, a.flip(0)) < 1e-9 * a.square().sum(1).mean()
 
 
-def test_17_frechet_distance_of_two_gaussians_in_closed_form():
+def test_frechet_distance_of_two_gaussians_in_closed_form():
     """With exact moments and commuting covariances it is |difference of means|^2 + sum of (sd_a - sd_b)^2."""
     z = normal(400, 6, 2)
     z = z - z.mean(0)
@@ -56,7 +52,7 @@ def test_17_frechet_distance_of_two_gaussians_in_closed_form():
     assert ours == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_17_frechet_distance_agrees_with_scipys_matrix_square_root():
+def test_frechet_distance_agrees_with_scipys_matrix_square_root():
     a, b = normal(300, 12, 4) @ normal(12, 12, 5) + 1, normal(200, 12, 6) @ normal(12, 12, 7)
     cov_a, cov_b = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
     root = scipy.linalg.sqrtm(cov_a @ cov_b).real
@@ -92,61 +88,93 @@ def test_precision_and_recall_tell_missing_modes_from_bad_samples():
 # The frozen judge
 
 
-def test_accuracy_and_floor_are_those_of_the_json(model, data):
-    content = json.loads((ROOT / "figures" / "judge.json").read_text())["result"]
-    _, classes = judge.features_and_classes(model, data.test_images)
-    accuracy = (classes == data.test_labels).double().mean().item()
-    assert accuracy == pytest.approx(content["test_accuracy"], abs=2e-4) and accuracy >= 0.992
-    floor = judge.floor(model, data, data.test_images)
-    for key in ("fid", "precision", "recall"):
-        assert floor[key] == pytest.approx(content["floor"][key], rel=1e-2)
-    assert sum(floor["class_counts"]) == 10_000 and floor["precision"] > 0.8 and floor["recall"] > 0.8
+def test_accuracy_is_that_of_the_json(model, data):
+    _, logits = judge.features_and_logits(model, data.test_images)
+    accuracy = (logits.argmax(1) == data.test_labels).double().mean().item()
+    assert accuracy == pytest.approx(result_of(ROOT, "judge")["result"]["test_accuracy"], abs=2e-4)
+    assert accuracy >= 0.992
 
 
 def test_noise_and_copies_are_seen_through(model, data):
     noise = torch.randint(256, (2000, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     result = judge.verdict(model, noise, data.test_images)
-    floor = json.loads((ROOT / "figures" / "judge.json").read_text())["result"]["floor"]["fid"]
+    floor = result_of(ROOT, "judge")["result"]["floor"]["fid"]
     assert result["fid"] > 100 * floor and result["precision"] == 0
-    copies = judge.verdict(model, data.train_images[:1].expand(5000, 28, 28), data.test_images)
-    assert copies["recall"] < 0.01 and max(copies["class_counts"]) == 5000
+    copies = judge.verdict(model, data.train_images[:1].expand(1000, 28, 28), data.test_images[:2000])
+    assert copies["recall"] < 0.01 and max(copies["class_counts"]) == 1000
+
+
+def test_floor_and_samples_get_the_jsons_figures(tmp_path, data, data_dir):
+    """Real images, and 10,000 samples of the committed VAE as --sample writes them, in less than 1.5 GiB."""
+    archive = torch.load(ROOT / "weights" / "vae_z20.pt", weights_only=True)
+    vae20 = vae.build(archive["config"])
+    experiment.load_state(vae20, archive, tmp_path, "")
+    for name, images in (("samples", vae.sample(vae20, 10_000)), ("real", data.train_images[:1000])):
+        np.savez_compressed(tmp_path / f"{name}.npz", images=images.numpy())
+    patch = "import experiment, functools, torch\nmain = judge.main\n"
+    for name in ("features_and_logits", "squared_radii"):  # once for the reference, to save time
+        patch += f"judge.{name} = functools.cache(judge.{name})\n"
+    patch += "judge.main = lambda flags: main(flags) or print(experiment.peak_memory_mib(torch.device('cpu')))"
+    flags = (tmp_path / "samples.npz", tmp_path / "real.npz", "--data-dir", data_dir, "--device", "cpu")
+    out, _ = run_script("judge", *flags, output=tmp_path / "said", patch=patch)
+    head, _, floor, *rows, peak = out.splitlines()
+    assert "test" in head and "floor" in floor and float(peak) < 1536
+    assert "samples.npz (10,000)" in rows[0] and "real.npz (1,000)" in rows[1] and len(rows) == 2
+    expected = result_of(ROOT, "judge")["result"]["floor"], result_of(ROOT, "vae_z20")["result"]
+    for row, result in zip((floor, rows[0]), expected):
+        fid, precision, recall, *counts = (float(value) for value in row.split()[:13])
+        assert fid == pytest.approx(result["fid"], rel=1e-2, abs=0.01)
+        assert (precision, recall) == pytest.approx((result["precision"], result["recall"]), abs=5e-3)
+        assert sum(counts) == 10_000
+    assert expected[0]["precision"] > 0.8 and expected[0]["recall"] > 0.8
+    assert expected[0]["fid"] < float(rows[1].split()[0]) < 100 * expected[0]["fid"]
+
+
+# Where the judge is missing
+
+
+def test_loading_the_judge_draws_no_random_numbers():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    judge.load(torch.device("cpu"), ROOT)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize("lacking", ["missing", "damaged", "of other data"])
+def test_a_run_without_the_judge_ends_with_its_own_result(
+    finished, tiny, tmp_path, monkeypatch, capsys, script, lacking
+):
+    """With the same history, and with one line on what is left out."""
+    out, flags, name = tmp_path / "out", SMALL[script], RUNS[script]
+    judged = {path.replace(name, "*"): content for path, content in lasting(finished(script)).items()}
+    if lacking == "of other data":
+        flags, name = [*flags, "--dataset", "fashion-mnist"], f"{name}_fashion-mnist"
+    else:
+        monkeypatch.setattr(judge, "load", functools.partial(judge.load, root=tmp_path))
+    if lacking == "damaged":  # after training, which the other two cover
+        (tmp_path / "weights").mkdir()
+        (tmp_path / "weights" / "judge.pt").write_bytes((ROOT / "weights" / "judge.pt").read_bytes()[:-100])
+        shutil.copytree(finished(script), out)
+        (out / "figures" / f"{name}.json").unlink()
+        flags = [*flags, "--resume"]
+    module = importlib.import_module(script)
+    assert module.main([*flags, "--out", str(out)]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "  epoch " not in line]
+    words = {"missing": "code/judge.py --train", "damaged": "is damaged", "of other data": "knows mnist only"}
+    assert "without fid, precision, recall and class_counts" in line and words[lacking] in line
+    ours = {path.replace(name, "*"): content for path, content in lasting(out).items()}
+    assert ours.keys() == judged.keys()
+    ours, judged = ours["figures/*.json"], judged["figures/*.json"]
+    assert ours["history"] == judged["history"]
+    assert ours["result"].keys() == judged["result"].keys() - VERDICT - {"unaveraged", "validation"}
 
 
 # Files
 
 
-def test_a_table_with_a_row_for_each_file(tmp_path, data, data_dir, capsys):
-    for name, images in (("a", data.train_images[:1000]), ("b", data.train_images[1000:2500])):
-        np.savez_compressed(tmp_path / f"{name}.npz", images=images.numpy())
-    files = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]
-    assert judge.main([*files, "--reference", "validation", "--data-dir", str(data_dir), "--out", str(ROOT)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    floor = json.loads((ROOT / "figures" / "judge.json").read_text())["result"]["floor_validation"]
-    assert "validation" in lines[0] and "floor" in lines[2] and "a.npz (1,000)" in lines[3] and "b.npz" in lines[4]
-    assert float(lines[2].split()[0]) == pytest.approx(floor["fid"], rel=1e-2)
-    assert floor["fid"] < float(lines[3].split()[0]) < 100 * floor["fid"]
-
-
-def test_a_models_samples_get_the_jsons_verdict_in_time_and_memory(tmp_path, data_dir):
-    """10,000 samples of the committed VAE, as --sample writes them: the run's figures, under 40 s and 1.5 GiB."""
-    model = vae.VAE(20)
-    experiment.load_state(model, torch.load(ROOT / "weights" / "vae_z20.pt", weights_only=True), tmp_path, "")
-    np.savez_compressed(tmp_path / "samples.npz", images=vae.sample(model, 10_000).numpy())
-    begin = time.perf_counter()
-    patch = "import atexit, torch\natexit.register(lambda: print(experiment.peak_memory_mib(torch.device('cpu'))))"
-    done = run_script("judge", tmp_path / "samples.npz", "--data-dir", data_dir, "--device", "cpu", patch=patch)
-    assert time.perf_counter() - begin < 40
-    *_, verdict, peak = done.stdout.splitlines()
-    assert float(peak) < 1536
-    result = json.loads((ROOT / "figures" / "vae_z20.json").read_text())["result"]
-    fid, precision, recall = (float(value) for value in verdict.split()[:3])
-    assert fid == pytest.approx(result["fid"], rel=1e-2)
-    assert precision == pytest.approx(result["precision"], abs=5e-3)
-    assert recall == pytest.approx(result["recall"], abs=5e-3)
-
-
 def test_the_frozen_weights_are_those_of_the_json():
-    content = json.loads((ROOT / "figures" / "judge.json").read_text())
+    content = result_of(ROOT, "judge")
     assert hashlib.sha256((ROOT / "weights" / "judge.pt").read_bytes()).hexdigest() == content["weights_sha256"]
     assert content["result"]["train_seconds"] < 180
 
@@ -214,6 +242,16 @@ def test_missing_weights_name_the_command_and_nothing_is_trained(tmp_path, capsy
     assert not (tmp_path / "weights").exists()
 
 
+def test_real_images_are_those_of_the_reference(tiny, tmp_path, monkeypatch, capsys):
+    references, verdict = [], judge.verdict
+    monkeypatch.setattr(judge, "verdict", lambda *args: references.append(args[2]) or verdict(*args))
+    np.savez(tmp_path / "good.npz", images=GOOD)
+    for name, images in (("test", tiny.test_images), ("validation", tiny.validation_images)):
+        assert judge.main([str(tmp_path / "good.npz"), "--reference", name, "--out", str(ROOT)]) == 0
+        assert name in capsys.readouterr().out.splitlines()[0]
+        assert all(torch.equal(references.pop(), images) for _ in range(2)) and not references
+
+
 def test_training_never_replaces_the_frozen_judge(tmp_path, data_dir, capsys):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "judge.pt").write_bytes(b"frozen")
@@ -225,10 +263,11 @@ def test_training_never_replaces_the_frozen_judge(tmp_path, data_dir, capsys):
 
 
 def test_training_writes_weights_and_json(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "EPOCHS", 1)
+    monkeypatch.setitem(judge.SETTINGS, "epochs", 1)
     monkeypatch.setattr(judge, "JUDGED", 100)
     assert judge.main(["--train", "--out", str(tmp_path)]) == 0
-    content = json.loads((tmp_path / "figures" / "judge.json").read_text())
+    content = result_of(tmp_path, "judge")
+    assert content["config"] == {**judge.SETTINGS, "neighbours": judge.NEIGHBOURS}
     assert {"test_accuracy", "floor", "floor_validation", "parameters", "train_seconds"} <= set(content["result"])
     reread = judge.load(torch.device("cpu"), tmp_path)
     assert sum(p.numel() for p in reread.parameters()) == content["result"]["parameters"]
@@ -244,9 +283,9 @@ def test_shifted_moves_the_whole_batch_alike():
     images = torch.zeros(3, 28, 28, dtype=torch.uint8)
     images[:, 10, 10] = 200
     seen = set()
-    near = range(10 - judge.SHIFT, 11 + judge.SHIFT)
+    near = (8, 9, 10, 11, 12)
     for _ in range(200):
-        moved = judge.shifted(images)
+        moved = judge.shifted(images, 2)
         assert moved.shape == images.shape and torch.equal(moved[0], moved[1]) and moved[0].sum() == 200
         seen.add(tuple(moved[0].nonzero()[0].tolist()))
     assert seen == {(y, x) for y in near for x in near}
@@ -255,5 +294,5 @@ def test_shifted_moves_the_whole_batch_alike():
 def test_load_says_what_is_wrong_with_the_weights(tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "judge.pt").write_bytes(experiment.torch_bytes({"model": {}}))
-    with pytest.raises(experiment.UserError, match="another network"):
+    with pytest.raises(UserError, match="another network"):
         judge.load(torch.device("cpu"), tmp_path)

@@ -1,20 +1,21 @@
-"""The flow's formulas against independent ones. A number in a test's name is that of its identity."""
+"""The flow's formulas against independent ones."""
 
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import judge
-import mnist
 import nf
-from conftest import ROOT, contents
-from experiment import RunError
+from cli import RunError
+from conftest import COSTS, ROOT, SMALL, VERDICT, built, contents, result_of
 
+SHRINK, LIMIT = 1e-5, 7.0  # as the report has them: of pixels before the logit; of log-scales
+COUPLING = {"hidden": 5, "spread": 4.0, "log_scale_limit": LIMIT}
 MAPS = pytest.mark.parametrize("components", [0, 4], ids=["affine", "mixture"])
 
 
@@ -34,11 +35,9 @@ def jacobian_log_det(function, x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.slogdet(jacobian.reshape(x.numel(), x.numel()))[1]
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Flows with few hidden channels, for images of any side divisible by 4."""
-    monkeypatch.setattr(nf, "HIDDEN", 5)
-    return lambda components: perturbed(nf.Flow(components), by=0.1)
+def small(components: int) -> nf.Flow:
+    """A flow with few hidden channels, for images of any side divisible by 4."""
+    return perturbed(built(nf, "--hidden", 5, "--components", components), by=0.1)
 
 
 def mixture(shape=(5, 3, 2, 2), components: int = 4, seed: int = 1) -> tuple[torch.Tensor, ...]:
@@ -52,13 +51,10 @@ def mixture(shape=(5, 3, 2, 2), components: int = 4, seed: int = 1) -> tuple[tor
     return normal(*shape, by=4), *(normal(batch, components, *rest, by=by) for by in (1.0, 3.0, 1.0))
 
 
-# 8
-
-
 @MAPS
-def test_8_couplings_ladj_is_autograds(small, components):
+def test_couplings_ladj_is_autograds(components):
     torch.manual_seed(0)
-    coupling = perturbed(nf.Coupling(2, components))
+    coupling = perturbed(nf.Coupling(2, components=components, **COUPLING))
     seen, x = torch.randn(2, 1, 2, 2, 2, dtype=torch.float64)
     _, ladj = coupling(seen, x)
     expected = jacobian_log_det(lambda each: coupling(seen, each)[0], x)
@@ -68,9 +64,9 @@ def test_8_couplings_ladj_is_autograds(small, components):
 
 @MAPS
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
-def test_8_couplings_inverse_undoes_it(small, components, dtype, tolerance):
+def test_couplings_inverse_undoes_it(components, dtype, tolerance):
     torch.manual_seed(0)
-    coupling = perturbed(nf.Coupling(2, components)).to(dtype)
+    coupling = perturbed(nf.Coupling(2, components=components, **COUPLING)).to(dtype)
     seen, x = torch.randn(2, 6, 2, 3, 3, dtype=dtype)
     z, _ = coupling(seen, x)
     assert (z - x).abs().max() > 0.1
@@ -79,16 +75,16 @@ def test_8_couplings_inverse_undoes_it(small, components, dtype, tolerance):
     torch.testing.assert_close(coupling.inverse(seen, z), x, rtol=0, atol=tolerance)
 
 
-def test_8_an_affine_coupling_starts_as_the_identity():
+def test_an_affine_coupling_starts_as_the_identity():
     torch.manual_seed(0)
-    coupling = nf.Coupling(2, 0)
+    coupling = nf.Coupling(2, components=0, **COUPLING)
     seen, x = torch.randn(2, 6, 2, 3, 3)
     z, ladj = coupling(seen, x)
     assert torch.equal(z, x) and not ladj.any()
 
 
-def test_8_mixture_is_the_formula():
-    """Against the plain formula and autograd's derivative of it; the written-out gradient against autograd's own."""
+def test_mixture_is_the_formula():
+    """Value, ladj and the gradients of both, against the plain formula and autograd's derivative of it."""
     arguments = [each.requires_grad_() for each in mixture()]
     x, logits, mu, log_s = arguments
     u = (x.unsqueeze(1) - mu) / log_s.exp()
@@ -96,62 +92,62 @@ def test_8_mixture_is_the_formula():
     below, above = (share * torch.sigmoid(u)).sum(1), (share * torch.sigmoid(-u)).sum(1)
     plain = torch.log(below) - torch.log(above)
     (slope,) = torch.autograd.grad(plain.sum(), x, create_graph=True)
-    z, log_slope = nf.MixtureLogit.apply(*arguments)
+    z, ladj = nf.mixture_logit(*arguments)
     torch.testing.assert_close(z, plain, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(log_slope, slope.log(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(ladj, slope.log(), rtol=0, atol=1e-10)
     weights = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     expected = torch.autograd.grad((weights[0] * plain + weights[1] * slope.log()).sum(), arguments)
-    ours = torch.autograd.grad((weights[0] * z + weights[1] * log_slope).sum(), arguments)
+    ours = torch.autograd.grad((weights[0] * z + weights[1] * ladj).sum(), arguments)
     for a, b in zip(ours, expected):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
-def test_8_mixtures_gradient_is_finite_far_out():
+def test_mixtures_gradient_is_finite_far_out():
     _, logits, mu, log_s = mixture((200, 3), seed=3)
-    parameters = [logits, mu, nf.LOG_SCALE_LIMIT * torch.sign(log_s)]
+    parameters = [logits, mu, LIMIT * torch.sign(log_s)]
     x = torch.full((200, 3), 100.0)
     x[::2] *= -1
     arguments = [each.float().requires_grad_() for each in (x, *parameters)]
-    z, log_slope = nf.MixtureLogit.apply(*arguments)
-    assert all(each.isfinite().all() for each in torch.autograd.grad((z + log_slope).sum(), arguments))
+    z, ladj = nf.mixture_logit(*arguments)
+    assert all(each.isfinite().all() for each in torch.autograd.grad((z + ladj).sum(), arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_8_mixture_is_increasing_and_finite_far_out(dtype):
+def test_mixture_is_increasing_and_finite_far_out(dtype):
     _, *parameters = (each.to(dtype) for each in mixture((1, 50)))
     x = torch.linspace(-100, 100, 401, dtype=dtype).unsqueeze(1).expand(-1, 50)
-    z, log_slope = nf.MixtureLogit.apply(x, *(each.expand(len(x), -1, -1) for each in parameters))
-    assert z.isfinite().all() and log_slope.isfinite().all()
+    z, ladj = nf.mixture_logit(x, *(each.expand(len(x), -1, -1) for each in parameters))
+    assert z.isfinite().all() and ladj.isfinite().all()
     assert (z[1:] > z[:-1]).all()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_8_mixtures_inverse_undoes_it(dtype, tolerance):
+def test_mixtures_inverse_undoes_it(dtype, tolerance):
     x, *parameters = (each.to(dtype) for each in mixture((2000, 3), seed=2))
-    z, log_slope = nf.MixtureLogit.apply(x, *parameters)
+    z, ladj = nf.mixture_logit(x, *parameters)
     again = nf.invert_mixture(z, *parameters)
-    error = (again - x).abs() * log_slope.exp().clamp(max=1)  # where the map is flat, z hardly tells x
+    error = (again - x).abs() * ladj.exp().clamp(max=1)  # where the map is flat, z hardly tells x
     assert error.max() < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1e4])
-def test_8_mixtures_inverse_is_found_for_extreme_inputs(dtype, size):
+def test_mixtures_inverse_is_found_for_extreme_inputs(dtype, size):
     """Far means, scales at both of their limits, components of next to no weight: the inverse's image is z again,
     or z lies between the images of the neighbouring floats."""
     _, logits, mu, log_s = mixture((2000, 3), seed=3)
-    parameters = [each.to(dtype) for each in (10 * logits, 10 * mu, nf.LOG_SCALE_LIMIT * torch.sign(log_s))]
+    parameters = [each.to(dtype) for each in (10 * logits, 10 * mu, LIMIT * torch.sign(log_s))]
     z = torch.full((2000, 3), size, dtype=dtype)
     z[::2] *= -1
     x = nf.invert_mixture(z, *parameters)
     assert x.isfinite().all()
     near = 16 * torch.finfo(dtype).eps * (1 + x.abs())
-    below, there, above = (nf.MixtureLogit.apply(each, *parameters)[0] for each in (x - near, x, x + near))
+    below, there, above = (nf.mixture_logit(each, *parameters)[0] for each in (x - near, x, x + near))
     close = (there - z).abs() <= 16 * torch.finfo(dtype).eps * (1 + z.abs())
     assert (close | ((below <= z) & (z <= above))).all()
 
 
-def test_8_inverse_says_so_where_it_fails():
+def test_an_inverse_that_fails_says_so():
     z, *parameters = mixture((3, 2))
     z[1, 1] = math.nan
     with pytest.raises(RunError, match="1 of 6"):
@@ -159,7 +155,7 @@ def test_8_inverse_says_so_where_it_fails():
 
 
 @MAPS
-def test_8_flows_ladj_is_autograds_and_its_inverse_undoes_it(small, components):
+def test_flows_ladj_is_autograds_and_its_inverse_undoes_it(components):
     flow = small(components)
     v = 256 * torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     z, ladj = flow(v)
@@ -170,7 +166,7 @@ def test_8_flows_ladj_is_autograds_and_its_inverse_undoes_it(small, components):
     torch.testing.assert_close(nf.log_prob(flow, v)[0], log_normal + expected, rtol=0, atol=1e-9)
 
 
-def test_8_forward_and_inverse_log_determinants_cancel(small):
+def test_forward_and_inverse_log_determinants_cancel():
     """The inverse of the mixture has no gradient of autograd's, so here its Jacobian is of central differences."""
     for components, tolerance in ((0, 1e-9), (4, 1e-4)):
         flow = small(components)
@@ -185,15 +181,7 @@ def test_8_forward_and_inverse_log_determinants_cancel(small):
         assert abs(ladj.item() + backward.item()) < tolerance
 
 
-def test_8_the_split_is_the_checkerboard():
-    image = torch.arange(64.0).view(1, 1, 8, 8)
-    one, other = nf.split(image)
-    row, column = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
-    colour = ((row + column) % 2).flatten()
-    assert (colour[one.flatten().long()] == 0).all() and (colour[other.flatten().long()] == 1).all()
-
-
-def test_8_at_every_level_a_pixels_neighbours_are_in_the_other_half():
+def test_at_every_level_a_pixels_neighbours_are_in_the_other_half():
     """The nearest pixels of one's own half are further away than the other's by the root of 2; join undoes it."""
     row, column = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     places = torch.stack((row, column)).unsqueeze(1)  # each pixel's place, as two images
@@ -211,52 +199,43 @@ def test_8_at_every_level_a_pixels_neighbours_are_in_the_other_half():
 
 
 @MAPS
-def test_8_what_is_seen_passes_through_bit_for_bit(small, components):
+def test_what_is_seen_passes_through_bit_for_bit(components):
     """Of a flow with one coupling, one colour's logits come out as they went in, and the other's do not."""
     flow = small(components)
     flow.levels = flow.levels[:1]
     flow.levels[0] = flow.levels[0][:1]
     v = 256 * torch.rand(2, 8, 8, dtype=torch.float64)
-    seen, other = nf.split(nf.to_logits(v)[0].unsqueeze(1))
+    seen, other = nf.split(nf.to_logits(v, SHRINK)[0].unsqueeze(1))
     changed, kept = flow(v)[0].chunk(2, dim=1)
     assert torch.equal(kept, seen.flatten(1)) and not torch.isclose(changed, other.flatten(1)).any()
 
 
-# 9
-
-
-def test_9_logits_slope_is_autograds_and_the_inverse_undoes_it():
+def test_logits_ladj_is_autograds_and_the_inverse_undoes_it():
     v = torch.cat((torch.linspace(0, 256, 1001), torch.tensor([1e-6, 255.99999]))).double().requires_grad_()
-    y, log_slope = nf.to_logits(v)
+    y, ladj = nf.to_logits(v, SHRINK)
     (slope,) = torch.autograd.grad(y.sum(), v)
-    torch.testing.assert_close(log_slope, slope.log(), rtol=0, atol=1e-9)
-    torch.testing.assert_close(nf.from_logits(y), v, rtol=0, atol=1e-9)
-    a = nf.SHRINK
+    torch.testing.assert_close(ladj, slope.log(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(nf.from_logits(y, SHRINK), v, rtol=0, atol=1e-9)
+    a = SHRINK
     p = a / 2 + (1 - a) * v / 256
     torch.testing.assert_close(y, torch.log(p / (1 - p)), rtol=0, atol=1e-8)
 
 
-def test_9_float32_keeps_its_digits_at_both_ends():
+def test_float32_keeps_its_digits_at_both_ends():
     v = torch.cat((torch.linspace(0, 1, 500), torch.linspace(255, 256, 500)))
     assert v[-1] == 256
-    for ours, exact in zip(nf.to_logits(v), nf.to_logits(v.double())):
+    for ours, exact in zip(nf.to_logits(v, SHRINK), nf.to_logits(v.double(), SHRINK)):
         assert ours.isfinite().all()
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-5)
 
 
-# 10
-
-
-def test_10_uniform_density_has_8_bits():
+def test_a_uniform_density_has_8_bits():
     for dimensions in (1, 784):
         log_p = torch.tensor([-dimensions * math.log(256)], dtype=torch.float64)
         assert nf.bits_per_dim(log_p, dimensions).item() == pytest.approx(8, rel=1e-14)
 
 
-# 11
-
-
-def test_11_dequantisation_bounds_the_discrete_probability_from_below():
+def test_dequantisation_bounds_the_discrete_probability_from_below():
     """`dequantised` under a normal density, whose cells' probabilities are known."""
     normal = torch.distributions.Normal(3.3, 0.8)
     cells = torch.arange(8, dtype=torch.float64)
@@ -268,14 +247,11 @@ def test_11_dequantisation_bounds_the_discrete_probability_from_below():
     assert gaps[0] > 2 * gaps[1] > 4 * gaps[2] > -1e-2
 
 
-# 12
-
-
 @MAPS
-def test_12_a_flow_on_two_numbers_integrates_to_one(small, components):
+def test_a_flow_on_two_numbers_integrates_to_one(components):
     torch.manual_seed(0)
-    couplings = [perturbed(nf.Coupling(1, components), seed, by=0.2) for seed in range(3)]
-    axis = torch.linspace(-20, 20, 501, dtype=torch.float64)
+    couplings = [perturbed(nf.Coupling(1, components=components, **COUPLING), seed, by=0.2) for seed in range(3)]
+    axis = torch.linspace(-20, 20, 301, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     seen, other = (each.view(-1, 1, 1, 1) for each in grid.T)
     ladj = torch.zeros(len(grid), dtype=torch.float64)
@@ -288,23 +264,12 @@ def test_12_a_flow_on_two_numbers_integrates_to_one(small, components):
     assert density.sum().item() * (axis[1] - axis[0]).item() ** 2 == pytest.approx(1, abs=1e-3)
 
 
-# Evaluation
-
-
-@pytest.fixture
-def doubles():
-    """New tensors are float64."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def some_images(n: int) -> torch.Tensor:
     return torch.randint(256, (n, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def test_5_evaluation_does_not_depend_on_the_batch_size(small, doubles):
-    flow, v = small(4), nf.evaluation_set(some_images(23), "test")
+def test_evaluation_does_not_depend_on_the_batch_size():
+    flow, v = small(4), nf.evaluation_set(some_images(23), "test").double()
     whole = nf.per_image_log_prob(flow, v, batch=23)
     for batch in (1, 5, 22):
         torch.testing.assert_close(nf.per_image_log_prob(flow, v, batch), whole, rtol=1e-10, atol=0)
@@ -316,7 +281,7 @@ def test_evaluation_is_on_fixed_noise_of_the_images_index():
     assert not torch.isclose(first, other, rtol=0).all()
 
 
-def test_importance_weights_are_a_log_mean_exp(small):
+def test_importance_weights_are_a_log_mean_exp():
     flow = small(4).float()
     sets = [nf.evaluation_set(some_images(7), f"test, importance sample {k}") for k in range(3)]
     draws = torch.stack([nf.per_image_log_prob(flow, v) for v in sets])
@@ -337,39 +302,26 @@ def test_training_noise_is_fresh_and_uniform():
     assert abs(one.mean() - 7.5) < 4 * math.sqrt(1 / 12 / one.numel())
 
 
-def test_real_images_survive_the_round_trip_through_the_trained_weights(data_dir):
+def test_real_images_survive_the_round_trip_through_the_trained_weights(data):
     """Within half a grey level, in float32."""
     archive = torch.load(ROOT / "weights" / "nf.pt", weights_only=True)
-    model = nf.Flow(archive["config"]["components"])
+    model = nf.build(archive["config"])
     model.load_state_dict(archive["model"])
-    images = mnist.load("mnist", data_dir).test_images[:100]
+    images = data.test_images[:20]
     with torch.inference_mode():
         v = nf.dequantised(images, torch.rand(images.shape, generator=torch.Generator().manual_seed(0)))
         again = model.inverse(model(v)[0])
     assert (again - v).abs().max() < 0.5
 
 
-@pytest.fixture
-def train(tiny, tmp_path, monkeypatch, small):
-    """Runs nf.py with a small flow for two epochs on the small data; the folder it leaves everything in."""
-    torch.manual_seed(9)
-    untrained = judge.Judge()
-    monkeypatch.setattr(judge, "load", lambda device: untrained)
-
-    def run(*flags: str, status: int = 0):
-        assert nf.main(["--epochs", "2", "--batch-size", "50", "--out", str(tmp_path), *flags]) == status
-        return tmp_path
-
-    return run
-
-
-def test_what_a_run_leaves(train, capsys):
-    out = train()
-    names = {name.removeprefix("figures/") for name in contents(out) if name.startswith("figures/")}
+def test_what_a_run_leaves(finished, tiny, tmp_path, capsys):
+    out = shutil.copytree(finished("nf"), tmp_path / "out")
+    before = contents(out)
+    names = {name.removeprefix("figures/") for name in before if name.startswith("figures/")}
     panels = {f"nf_samples_epoch{epoch:02d}.png" for epoch in (0, 1, 2)}
     assert names == panels | {"nf.json", "nf_bpd.png", "nf_bpd.pdf", "nf_interpolation.png"}
     assert Image.open(out / "figures" / "nf_interpolation.png").size == (4 * (9 * 30 - 2), 4 * (8 * 30 - 2))
-    content = json.loads((out / "figures" / "nf.json").read_text())
+    content = result_of(out, "nf")
     first, second, third = content["history"]
     assert set(first) == {"epoch", "train_bpd", "val_bpd", "seconds"}
     assert set(third) == set(first) | {"gradient_norm"}
@@ -377,25 +329,23 @@ def test_what_a_run_leaves(train, capsys):
     assert first["val_bpd"] > second["early_val_bpd"] > second["val_bpd"]
     assert first["seconds"] < second["early_seconds"] < first["seconds"] + second["seconds"]
     result = content["result"]
-    costs = {"parameters", "train_seconds", "peak_memory_mib", "seconds_per_1000_samples"}
-    verdict = {"fid", "precision", "recall", "class_counts"}
-    assert set(result) == {"test_bpd", "test_bpd_iw", "importance_samples"} | costs | verdict
+    assert set(result) == {"test_bpd", "test_bpd_iw", "importance_samples"} | COSTS | VERDICT
     assert result["test_bpd_iw"] < result["test_bpd"]
-    before = contents(out)
-    train("--sample", "23")
+    flags = [*SMALL["nf"], "--out", str(out)]
+    assert nf.main([*flags, "--sample", "23"]) == 0
     images = np.load(out / "figures" / "nf_samples.npz")["images"]
     assert images.shape == (23, 28, 28) and images.dtype == np.uint8
     capsys.readouterr()
-    train("--evaluate")
+    assert nf.main([*flags, "--evaluate"]) == 0
     again = json.loads(capsys.readouterr().out)
-    assert all(again[key] == result[key] for key in verdict | {"test_bpd", "test_bpd_iw"})
-    train("--resume")
+    assert all(again[key] == result[key] for key in VERDICT | {"test_bpd", "test_bpd_iw"})
+    assert nf.main([*flags, "--resume"]) == 0
     after = contents(out)
     del after["figures/nf_samples.npz"]
     assert after == before
 
 
-def test_a_gradient_that_is_not_finite_is_an_error_with_its_place(train, monkeypatch, capsys):
+def test_a_gradient_that_is_not_finite_is_an_error_with_its_place(tiny, tmp_path, monkeypatch, capsys):
     step, calls = nf.training_step, []
 
     def broken(*args):
@@ -404,17 +354,17 @@ def test_a_gradient_that_is_not_finite_is_an_error_with_its_place(train, monkeyp
         return loss, norm * math.nan if len(calls) == 13 else norm
 
     monkeypatch.setattr(nf, "training_step", broken)
-    train(status=1)
+    assert nf.main([*SMALL["nf"], "--out", str(tmp_path)]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "diverged" in line]
     assert "gradient_norm" in line and "epoch 2 at step 3 of 10" in line
 
 
-def test_the_gradient_is_clipped(small, monkeypatch):
+def test_the_gradient_is_clipped():
     model = small(4).float()
-    monkeypatch.setattr(nf, "CLIP", 1e-3)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    _, norm = nf.training_step(model, optimizer, torch.randint(256, (4, 28, 28), dtype=torch.uint8), torch.arange(4))
+    images = torch.randint(256, (4, 28, 28), dtype=torch.uint8)
+    _, norm = nf.training_step(model, optimizer, images, torch.arange(4), clip=1e-3)
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters())]).norm()
     assert norm > 1e-2 and moved.item() == pytest.approx(1e-3, rel=1e-3)
 

@@ -1,6 +1,7 @@
 """Every answer checked by computation, within its tolerance; what takes long by its JSON or on a small model."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -10,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import experiment
 import judge
 import mnist
 import nf
 import theory
 import vae
-from conftest import ROOT
+from conftest import ROOT, built
+from training import fixed_generator
 
 
 @pytest.fixture(scope="module")
@@ -26,29 +27,28 @@ def answers() -> dict:
 
 
 @pytest.fixture(scope="module")
-def data(data_dir) -> mnist.Data:
-    return mnist.load("mnist", data_dir)
-
-
-@pytest.fixture(scope="module")
 def model() -> vae.VAE:
     """The trained z = 2 VAE."""
-    trained = vae.VAE(2)
-    trained.load_state_dict(torch.load(ROOT / "weights" / "vae_z2.pt", weights_only=True)["model"])
-    return trained
+    return theory.trained("vae_z2", vae.build)
 
 
 @pytest.fixture
-def small(monkeypatch) -> vae.VAE:
+def small() -> vae.VAE:
     """An untrained z = 2 VAE of few units, whose codes are spread and narrow."""
-    monkeypatch.setattr(vae, "HIDDEN", 8)
     torch.manual_seed(0)
-    untrained = vae.VAE(2)
+    untrained = vae.VAE(z_dim=2, hidden=8)
     with torch.no_grad():
         untrained.encoder[-1].weight[:2].mul_(8)  # of mu
         untrained.encoder[-1].bias[2:].fill_(-4)  # of logvar
         untrained.decoder[-1].weight.mul_(2)
     return untrained
+
+
+@pytest.fixture
+def coarse(monkeypatch) -> None:
+    """Grids over z with fewer points, which do for a small model."""
+    monkeypatch.setattr(vae, "quadrature_log_px", functools.partial(vae.quadrature_log_px, points=201))
+    monkeypatch.setattr(theory, "GRID_POINTS", 180)
 
 
 def test_every_question_is_answered_about_the_committed_weights(answers):
@@ -119,15 +119,21 @@ def test_q1_4_chi_squared_is_its_integral():
 
 
 def test_q1_4_quadrature_has_converged(model, data):
-    x, _ = (part[:10] for part in vae.evaluation_set(data.test_images, "test", 2))
-    exact = vae.quadrature_log_px(model, x, vae.QUADRATURE_POINTS)
-    torch.testing.assert_close(exact, vae.quadrature_log_px(model, x, 1001), rtol=0, atol=1e-3)
+    """Half of its default step, 0.02, changes nothing, on a square that holds the posteriors of some images."""
+    x, _ = (part[:60] for part in vae.evaluation_set(data.test_images, "test", 2))
+    with torch.inference_mode():
+        x = x[(model.encode(x)[0].abs() < 1.2).all(1)]
+    assert len(x) > 10
+    exact, finer = (vae.quadrature_log_px(model, x, points, limit=2.0) for points in (201, 401))
+    torch.testing.assert_close(exact, finer, rtol=0, atol=1e-3)
+    step = 2 * 6.0 / (inspect.signature(vae.quadrature_log_px).parameters["points"].default - 1)
+    assert step == pytest.approx(2 * 2.0 / 200)
 
 
 def test_q1_4_the_gap_is_the_encoders(model, data):
     """With half of the draws from the prior, importance sampling agrees with quadrature; else it does not."""
     x, _ = (part[:100] for part in vae.evaluation_set(data.test_images, "test", 2))
-    exact = vae.quadrature_log_px(model, x, 401)
+    exact = vae.quadrature_log_px(model, x, 301)
     defensive = theory.defensive_log_px(model, x, draws=4000)
     assert abs((exact - defensive).mean()) < 0.1
     sampled = vae.importance_sampled_log_px(model, x, draws=100)
@@ -155,7 +161,7 @@ def test_q1_5_kl():
             assert row["naive_float32"] == pytest.approx(row["kl"], rel=1e-5)
 
 
-def test_q1_6_the_gap_is_the_kl_to_the_posterior(small, data, answers):
+def test_q1_6_the_gap_is_the_kl_to_the_posterior(small, coarse, data, answers):
     answer = theory.q1_6_lower_bound(small, data)
     assert answer["greatest_difference"] < 1e-6 < 1e-3 < answer["gap_mean"]
     assert answers["q1_6"]["greatest_difference"] < 1e-3 < 0.1 < answers["q1_6"]["gap_mean"]
@@ -170,7 +176,7 @@ def test_q1_6_a_bound_can_rise_while_log_p_falls(answers):
     assert answer["two_point_nll_after"] > answer["two_point_nll_before"]
 
 
-def test_q1_8_steps_on_the_encoder_leave_log_p(small, data, monkeypatch, answers):
+def test_q1_8_steps_on_the_encoder_leave_log_p(small, coarse, data, monkeypatch, answers):
     monkeypatch.setattr(theory, "ASCENT_STEPS", 5)
     for answer in (theory.q1_8_steps(small, data), answers["q1_8"]):
         assert answer["nll_after_phi"] == pytest.approx(answer["nll_start"], abs=1e-9)
@@ -198,9 +204,9 @@ def test_q1_11_variances_of_the_two_estimators():
     """For mu of ones in d dimensions: 4, and by the moments of a normal 4 d^2 + 14 d + 12."""
     for name, row in theory.q1_11_gradients().items():
         d = int(name[1:])
-        for estimator in ("reparametrised", "score"):
+        for estimator in ("reparameterized", "score"):
             assert abs(row[f"{estimator}_mean"] - 2) < 4 * row[f"{estimator}_mean_se"]
-        assert row["reparametrised_variance"] == pytest.approx(4, rel=0.05)
+        assert row["reparameterized_variance"] == pytest.approx(4, rel=0.05)
         assert row["score_variance"] == pytest.approx(4 * d**2 + 14 * d + 12, rel=0.1)
 
 
@@ -244,9 +250,7 @@ def test_q2_7_norms_of_the_paths():
 
 
 def test_q3_1_running_sum_is_the_determinant(data):
-    flow = nf.Flow(components=4)
-    flow.load_state_dict(torch.load(ROOT / "weights" / "nf.pt", weights_only=True)["model"])
-    answer = theory.q3_1_determinant(flow, data)
+    answer = theory.q3_1_determinant(theory.trained("nf", nf.build), data)
     assert answer["difference"] < 1e-8 and abs(answer["ladj"]) > 1
 
 
@@ -260,7 +264,7 @@ def test_q3_3_a_determinant_costs_more_than_in_proportion(answers):
 def test_q3_3_what_is_timed_is_what_it_says(monkeypatch):
     monkeypatch.setattr(theory, "milliseconds", lambda function: function())
     costs = theory.determinant_costs(6)
-    weight = torch.randn(6, 6, generator=experiment.fixed_generator("Jacobian, 6")) / math.sqrt(6)
+    weight = torch.randn(6, 6, generator=fixed_generator("Jacobian, 6")) / math.sqrt(6)
     jacobian = (1 - torch.tanh(weight @ weight[0]).square()).unsqueeze(1) * weight
     torch.testing.assert_close(costs["formed_ms"], jacobian)
     torch.testing.assert_close(costs["dense_ms"].logabsdet, torch.linalg.slogdet(jacobian).logabsdet)
@@ -286,19 +290,19 @@ def test_q3_4_uniform_noise_is_honest_and_gaussian_noise_is_not(tmp_path):
     assert theory.gaussian_noise_bits(probability, answer["threshold"]) < 1.75 < answer["gaussian"]["at_0.5"]
 
 
-def test_all_of_it_runs(data, data_dir, tmp_path, monkeypatch, answers):
-    """Every function, with fewer of everything."""
-    monkeypatch.setattr(experiment, "ROOT", ROOT)
+def test_all_of_it_runs(data, data_dir, tmp_path, coarse, monkeypatch, answers):
+    """Every function, with fewer of everything and small models."""
     few = dataclasses.replace(data, images=data.images[:2000], test_images=data.test_images[:500])
     monkeypatch.setattr(mnist, "TRAIN", 1600)
     monkeypatch.setattr(mnist, "load", lambda *_: few)
     fewer = {
         "AUTOENCODER_EPOCHS": 1, "RING_STEPS": 50, "POSTERIOR_IMAGES": 5, "POSTERIOR_DRAWS": 50, "ASCENT_STEPS": 1,
-        "CODES": 100, "GRID_POINTS": 60, "AGGREGATE_POINTS": 61, "SIZES": (5, 10),
+        "CODES": 100, "GRID_POINTS": 60, "AGGREGATE_POINTS": 61, "SIZES": (5, 10), "WINDOW_POINTS": 9,
     }  # fmt: skip
     for name, value in fewer.items():
         monkeypatch.setattr(theory, name, value)
-    monkeypatch.setattr(vae, "QUADRATURE_POINTS", 61)
+    small = {"vae_z2": built(vae, "--z-dim", 2, "--hidden", 8), "nf": built(nf, "--hidden", 4, "--couplings", 1)}
+    monkeypatch.setattr(theory, "trained", lambda name, build: small[name])
     monkeypatch.setattr(judge, "JUDGED", 500)
     assert theory.main(["--out", str(tmp_path), "--data-dir", str(data_dir)]) == 0
     written = json.loads((tmp_path / "figures" / "theory.json").read_text())
@@ -309,7 +313,7 @@ def test_all_of_it_runs(data, data_dir, tmp_path, monkeypatch, answers):
 
 
 def test_no_weights_name_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(theory.experiment, "ROOT", tmp_path)
+    monkeypatch.setattr(theory, "ROOT", tmp_path)
     assert theory.main(["--out", str(tmp_path)]) == 2
     assert "python code/vae.py --z-dim 2" in capsys.readouterr().err
 
