@@ -1,8 +1,8 @@
 """Normalizing flow of MNIST: checkerboard couplings (Dinh et al. 2017) of logistic mixtures (Ho et al. 2019).
 
 Pixels, dequantised by uniform noise, go through the logit and a chain of couplings to a standard normal z = f(v). Each
-coupling sees one colour of a checkerboard and transforms the other, by an increasing map whose derivative is known; at
-every level one colour is then done, and the other is a grid to colour anew.
+coupling sees one colour of a checkerboard and transforms the other, by an increasing map whose derivative is known.
+After each level one colour is finished, and the other is coloured anew.
 
     log p(v) = log N(f(v); 0, I) + log |det df/dv|,    bits per dimension = -log p(v) / (784 log 2)    eq:flow, eq:bpd
 

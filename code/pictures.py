@@ -86,8 +86,8 @@ def save_training_curves(
 ) -> None:
     """Write the history's two figures of merit `keys` (training, validation) per epoch; of no history, nothing.
 
-    The axis spans the values from epoch 1 on, as the untrained one would flatten the curves; that one is told in words.
-    A run that has only epoch 0 shows that. legend: its corner, the one that the curves leave free.
+    The axis spans the values from epoch 1 on: epoch 0 would flatten the curves, and is given as text. A run that has
+    only epoch 0 shows that. legend: its corner, the one that the curves leave free.
     """
     if not history:
         return

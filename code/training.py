@@ -107,9 +107,9 @@ class CapturedStep:
 
     A replay is one launch where the step itself is hundreds. The batch's index and the numbers are copied into the
     memory that the graph reads. What comes back is memory that the next call overwrites. Random numbers differ from
-    replay to replay, as each advances the device's generator. A graph wants the optimizer to have its state and the
-    libraries their workspaces, so the first WARM_UP calls run plainly, on the same memory; they are steps of the
-    training like all others. On other devices every call is the step's own.
+    replay to replay, as each advances the device's generator. Recording needs the optimizer's state and the libraries'
+    workspaces to exist, so the first WARM_UP calls run uncaptured, on the same memory; they are steps of the training
+    like all others. On other devices every call is the step's own.
     """
 
     WARM_UP = 3

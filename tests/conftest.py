@@ -42,6 +42,12 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return 0 if any("::" in each for each in config.args) else min(4, os.cpu_count() or 1)
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """The files that take longest come first, so that the workers finish together."""
+    longest = ["test_bench", "test_theory", "test_judge", "test_scripts"]
+    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else -1, reverse=True)
+
+
 # Data
 
 
