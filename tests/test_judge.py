@@ -30,9 +30,6 @@ def normal(n: int, d: int, seed: int) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# Frechet distance
-
-
 def test_frechet_distance_of_a_set_with_itself_is_zero():
     a = normal(500, 20, 0) @ normal(20, 20, 1)
     assert judge.frechet_distance(a, a) < 1e-9 * a.square().sum(1).mean()
@@ -59,9 +56,6 @@ def test_frechet_distance_agrees_with_scipys_matrix_square_root():
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(cov_a + cov_b - 2 * root)
     assert judge.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
     assert judge.frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
-
-
-# Precision and recall
 
 
 def test_radii_are_distances_to_the_third_nearest_other_row():
