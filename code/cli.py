@@ -6,7 +6,7 @@ import math
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,6 +72,12 @@ def hint_at_resuming() -> None:
     on_stop(f"go on from the last checkpoint with: {shlex.join(command)}")
 
 
+def as_flags(settings: dict[str, Any]) -> str:
+    """Settings as they are typed."""
+    words = {key: value if isinstance(value, list | tuple) else [value] for key, value in settings.items()}
+    return " ".join(" ".join((f"--{key.replace('_', '-')}", *map(str, value))) for key, value in words.items())
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a flag's default where there is one to show."""
 
@@ -80,10 +86,21 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line, and whose help shows the defaults."""
+    """An ArgumentParser whose complaints are one line, and whose help shows the defaults.
 
-    def __init__(self, **kwargs: Any):
+    best: other defaults, which the flag --best, anywhere among the others, puts in place.
+    """
+
+    def __init__(self, best: dict[str, Any] | None = None, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+        self.best = best
+        if best:
+            self.add_argument("--best", action="store_true", help=f"the record run's settings: {as_flags(best)}")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        if self.best and "--best" in (sys.argv[1:] if args is None else args):
+            self.set_defaults(**self.best)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
@@ -108,7 +125,7 @@ positive_int = _number(int, lambda n: 1 <= n < 2**63, "a whole number from 1 to 
 positive_float = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 up to, but not including, 1")
 
-MACHINE = {"device", "data_dir", "out", "resume", "evaluate", "sample"}  # flags that do not shape a result
+MACHINE = {"best", "device", "data_dir", "out", "resume", "evaluate", "sample"}  # flags that do not shape a result
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,6 +174,6 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def progress(iterable: Iterable, description: str, total: int | None = None) -> tqdm:
+def progress(iterable: Iterable, description: str, total: int | None = None, initial: int = 0) -> tqdm:
     """A tqdm bar that goes away when done; silent where standard error is no terminal."""
-    return tqdm(iterable, desc=description, total=total, leave=False, disable=None)
+    return tqdm(iterable, desc=description, total=total, initial=initial, leave=False, disable=None)

@@ -35,6 +35,7 @@ from tqdm import tqdm
 import cli
 from cli import ROOT, RunError, UserError
 
+KEPT_EVERY = 20  # seconds, of a long evaluation
 GENERATORS = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # who holds a device's random state
 
 
@@ -178,6 +179,28 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return None
 
 
+def log_mean_exp(log_weights: Callable[[int], Tensor], draws: int, kept: Path | None = None) -> Tensor:
+    """log 1/K sum_k exp log_weights(k) over k = 0 .. K-1, K = draws, elementwise: (n,) in float64, on the CPU.
+
+    Shows a bar with the mean so far. kept: a file where the sum is written now and then; one that is there, from a
+    process that was stopped, is gone on from.
+    """
+    first, total = 0, torch.tensor(-math.inf)
+    if kept and kept.exists():
+        archive = load_archive(kept, "the importance samples so far in", advice="delete it, and run again")
+        if archive["draws"] <= draws:
+            first, total = archive["draws"], archive["total"]
+    written = time.monotonic()
+    bar = cli.progress(range(first, draws), "importance samples", draws, initial=first)
+    for k in bar:
+        total = torch.logaddexp(total, log_weights(k).cpu().double())
+        bar.set_postfix_str(f"mean of log p {float(total.mean()) - math.log(k + 1):.3f} nats", refresh=False)
+        if kept and time.monotonic() - written > KEPT_EVERY:
+            write(kept, torch_bytes({"draws": k + 1, "total": total}))
+            written = time.monotonic()
+    return total - math.log(draws)
+
+
 def save_samples(path: Path, images: Tensor) -> None:
     """Write images (n, 28, 28) uint8 under the key `images` of an .npz, and say where."""
     buffer = io.BytesIO()
@@ -207,8 +230,7 @@ class Run:
         changed = {key: value for key, value in self.config.items() if value != parser.get_default(key)}
         self.out = args.out or (ROOT if changed in report else ROOT / "out")
         if not args.out and changed not in report:
-            words = [f"--{key.replace('_', '-')} {value}" for key, value in changed.items()]
-            self.say(f"not the report's settings ({', '.join(words)}): everything goes to {self.out}")
+            self.say(f"not the report's settings ({cli.as_flags(changed)}): everything goes to {self.out}")
         for each in ("figures", "weights", "checkpoints"):
             folder(self.out / each)
 
@@ -306,6 +328,7 @@ class Run:
         result instead. If no epoch was left to train and the JSON is of these very weights, there is nothing to do."""
         if self.args.evaluate:
             print(json_bytes(evaluate()).decode(), end="")
+            self.kept(model).unlink(missing_ok=True)
             return
         weights = weights_bytes(self.name, self.config, model)
         sha256 = hashlib.sha256(weights).hexdigest()
@@ -320,6 +343,7 @@ class Run:
         content |= {"result": result, "weights_sha256": sha256}
         write(self.out / "weights" / f"{self.name}.pt", weights)
         write(self.out / "figures" / f"{self.name}.json", json_bytes(content))
+        self.kept(model).unlink(missing_ok=True)
 
     def load(self, model: nn.Module) -> None:
         """Load this run's weights, and the history of its JSON. Raises UserError if there are none of this config."""
@@ -332,6 +356,11 @@ class Run:
                 self.history = self._json(hashlib.sha256(path.read_bytes()).hexdigest()).get("history", [])
                 return
         raise UserError(f"the weights {path} {wrong}")
+
+    def kept(self, model: nn.Module) -> Path:
+        """Where a long evaluation of these very weights keeps what it has so far; `finish` removes it."""
+        sha256 = hashlib.sha256(weights_bytes(self.name, {}, model)).hexdigest()
+        return self.out / "checkpoints" / f"{self.name}_evaluation_{sha256[:16]}.pt"
 
     def _json(self, weights_sha256: str) -> dict:
         """What the run's JSON holds; nothing if there is none of these weights."""

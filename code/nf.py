@@ -12,6 +12,7 @@ After each level one colour is finished, and the other is coloured anew.
 
 import math
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ import judge
 import mnist
 import pictures
 import training
-from experiment import Run, save_samples, seconds_per_1000
+from experiment import Run, log_mean_exp, save_samples, seconds_per_1000
 from training import fixed_generator, fixed_normal
 
 EVALUATION_IMAGES = 10_000  # of the training images; validation and test have as many
@@ -307,14 +308,17 @@ def mean_bpd(model: Flow, v: Tensor) -> float:
     return float(bits_per_dim(per_image_log_prob(model, v)).mean())
 
 
-def importance_weighted_bpd(model: Flow, images: Tensor, label: str, draws: int) -> Tensor:
+def importance_weighted_bpd(model: Flow, images: Tensor, label: str, draws: int, kept: Path | None = None) -> Tensor:
     """Bits per dimension from log mean_k p(x + u_k), eq:dequantisation, over `draws` draws of the noise.
 
     Images (n, 28, 28) uint8 to (n,) in float64, on the CPU. It falls with the draws to the bits of the discrete P(x).
+    kept: as in `experiment.log_mean_exp`.
     """
-    bar = cli.progress(range(draws), "importance samples")
-    log_p = [per_image_log_prob(model, evaluation_set(images, f"{label}, importance sample {k}")) for k in bar]
-    return bits_per_dim(torch.logsumexp(torch.stack(log_p), dim=0) - math.log(draws))
+
+    def log_p(k: int) -> Tensor:
+        return per_image_log_prob(model, evaluation_set(images, f"{label}, importance sample {k}"))
+
+    return bits_per_dim(log_mean_exp(log_p, draws, kept))
 
 
 def evaluate(run: Run, model: Flow, data: mnist.Data) -> dict:
@@ -322,7 +326,7 @@ def evaluate(run: Run, model: Flow, data: mnist.Data) -> dict:
     draws = run.args.importance_samples
     result = {
         "test_bpd": mean_bpd(model, evaluation_set(data.test_images, "test")),
-        "test_bpd_iw": float(importance_weighted_bpd(model, data.test_images, "test", draws).mean()),
+        "test_bpd_iw": float(importance_weighted_bpd(model, data.test_images, "test", draws, run.kept(model)).mean()),
         "importance_samples": draws,
         "seconds_per_1000_samples": seconds_per_1000(lambda n: sample(model, n), run.device),
     }

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import cli
 import experiment
@@ -89,13 +91,25 @@ def test_a_trial_does_not_touch_the_reports_folders(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "reports"),
-    [(flags, True) for flags in ("", "--z-dim 2", "--betas 0.9 0.999 --device cpu")]
-    + [(flags, False) for flags in ("--z-dim 3", "--z-dim 2 --lr 1", "--seed 1", "--dataset fashion-mnist")],
+    [(flags, True) for flags in ("", "--z-dim 2", "--betas 0.9 0.999 --device cpu", "--best")]
+    + [(flags, False) for flags in ("--z-dim 3", "--z-dim 2 --lr 1", "--seed 1", "--best --seed 1", "--prior flow")],
 )
 def test_only_the_reports_settings_write_to_its_folders(tmp_path, flags, reports):
     parser = vae.flags()
     run = experiment.Run("vae", parser, parser.parse_args(flags.split()), report=({}, {"z_dim": 2}))
     assert run.out == tmp_path / "repository" / ("" if reports else "out")
+
+
+@pytest.mark.parametrize("flags", ["--best --hidden 9", "--hidden 9 --best"])
+def test_best_sets_other_defaults(flags):
+    args = vae.flags().parse_args(flags.split())
+    assert {**vars(args), "hidden": 512} == {
+        **vars(vae.flags().parse_args([])),
+        "best": True,
+        **vae.BEST,
+        "hidden": 512,
+    }
+    assert args.hidden == 9 and args.prior == "flow" and "best" not in cli.settings(args)
 
 
 def test_peak_memory_is_this_processs_own():
@@ -121,6 +135,50 @@ def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="No space left"):
         experiment.write(path, b"new")
     assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_log_mean_exp_goes_on_from_what_it_kept(tmp_path, monkeypatch):
+    terms = 5 * torch.randn(9, 4, dtype=torch.float64)
+    kept, asked = tmp_path / "kept.pt", []
+    monkeypatch.setattr(experiment, "KEPT_EVERY", 0)
+
+    def term(k: int) -> Tensor:
+        asked.append(k)
+        if asked == [*range(6)]:
+            raise KeyboardInterrupt
+        return terms[k]
+
+    with pytest.raises(KeyboardInterrupt):
+        experiment.log_mean_exp(term, 9, kept)
+    found = experiment.log_mean_exp(term, 9, kept)
+    assert asked == [*range(6), *range(5, 9)]
+    torch.testing.assert_close(found, torch.logsumexp(terms, 0) - math.log(9), rtol=1e-12, atol=0)
+    assert torch.equal(experiment.log_mean_exp(term, 9), found)
+    shorter = experiment.log_mean_exp(term, 3, kept)  # what was kept has more terms
+    torch.testing.assert_close(shorter, torch.logsumexp(terms[:3], 0) - math.log(3), rtol=1e-12, atol=0)
+
+
+def test_a_killed_evaluation_goes_on(tiny, out, monkeypatch, capsys):
+    """With --evaluate and after training, to the same result, and nothing is left of it."""
+    monkeypatch.setattr(experiment, "KEPT_EVERY", 0)
+    log_weight, calls = vae.log_weight, []
+
+    def counted(*args: object) -> Tensor:
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return log_weight(*args)
+
+    monkeypatch.setattr(vae, "log_weight", counted)
+    flags = [*SMALL["vae"], "--out", str(out), "--importance-samples", "9"]
+    with pytest.raises(KeyboardInterrupt):
+        vae.main([*flags, "--evaluate"])
+    assert len(list((out / "checkpoints").iterdir())) == 2
+    assert vae.main([*flags, "--evaluate"]) == 0 and len(calls) == 7 + 3
+    assert len(list((out / "checkpoints").iterdir())) == 1
+    first = json.loads(capsys.readouterr().out)
+    assert vae.main([*flags, "--evaluate"]) == 0 and len(calls) == 10 + 9
+    assert json.loads(capsys.readouterr().out)["test_nll"] == first["test_nll"]
 
 
 def test_torch_bytes_and_json_are_repeatable_and_strict():
