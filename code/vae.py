@@ -3,15 +3,19 @@
 An encoder q(z|x) = N(mu(x), diag exp(logvar(x))) and a decoder p(x|z) of independent Bernoulli pixels, both fully
 connected, maximise the evidence lower bound on log p(x) with one reparameterized sample,
 
-    ELBO = E_q[log p(x|z)] - KL(q(z|x) || N(0, I)).                                          eq:elbo of the report
+    ELBO = E_q[log p(x|z)] - KL(q(z|x) || p(z)).                                             eq:elbo of the report
+
+The prior p(z) is N(0, I) or, with --prior flow, what a small normalizing flow makes of it.
 
     python code/vae.py              # z of 20: test ELBO -90.12 nats, -log p(x) 86.78; 153 s
     python code/vae.py --z-dim 2    # z of 2: test ELBO -135.08 nats, -log p(x) 131.41; 158 s
+    python code/vae.py --best       # z of 32
     (seed 0; AMD EPYC, 2 threads, torch 2.15.0+cu132)
 """
 
 import math
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +27,13 @@ import judge
 import mnist
 import pictures
 import training
-from experiment import Run, save_samples, seconds_per_1000
+from experiment import Run, log_mean_exp, save_samples, seconds_per_1000
 from training import fixed_generator, fixed_normal
 
 EVALUATION_IMAGES = 10_000  # of the training images; validation and test have as many
 EVALUATION_BATCH = 1000
 MANIFOLD_SIDE = 20  # images along each axis
+BEST = {"z_dim": 32, "prior": "flow", "hidden": 512, "epochs": 100, "importance_samples": 5000}  # of the record run
 
 
 # Model
@@ -51,14 +56,74 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class VAE(nn.Module):
-    """Encoder and decoder, two networks of the same shape with `hidden` units in every hidden layer."""
+class Coupling(nn.Module):
+    """Scales and shifts z_b by what a network of two hidden layers sees of z_a: (..., moved) by (..., seen)."""
 
-    def __init__(self, z_dim: int, hidden: int):
+    def __init__(self, seen: int, moved: int, hidden: int):
+        super().__init__()
+        last = nn.Linear(hidden, 2 * moved)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        first = nn.Linear(seen, hidden)
+        self.conditioner = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), last)
+
+    def maps(self, z_a: Tensor) -> tuple[Tensor, Tensor]:
+        """What z_a says: log-scale and shift, (..., moved) each."""
+        log_scale, shift = self.conditioner(z_a).chunk(2, dim=-1)
+        return torch.tanh(log_scale), shift
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
+        """The moved z_b, and the coupling's ladj, log |det| of its Jacobian, (...), eq:coupling."""
+        log_scale, shift = self.maps(z_a)
+        return z_b * torch.exp(log_scale) + shift, log_scale.sum(-1)
+
+    def inverse(self, z_a: Tensor, u_b: Tensor) -> Tensor:
+        """The z_b that `forward` maps to u_b."""
+        log_scale, shift = self.maps(z_a)
+        return (u_b - shift) * torch.exp(-log_scale)
+
+
+class Prior(nn.Module):
+    """p(z) of z = g(u), u of N(0, I) and g the inverse of a chain of couplings; without any, p(z) is N(0, I).
+
+    The couplings are nf.py's without its mixtures, on vectors: MLPs where those need convolutions, so that a shared
+    class would have nothing left but one line of arithmetic.
+    """
+
+    def __init__(self, z_dim: int, couplings: int, hidden: int):
+        super().__init__()
+        self.moved = z_dim // 2
+        self.couplings = nn.ModuleList(Coupling(z_dim - self.moved, self.moved, hidden) for _ in range(couplings))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z (..., z_dim) to u, (..., z_dim), and the ladj, log |det du/dz|, (...)."""
+        ladj = z.new_zeros(z.shape[:-1])
+        for coupling in self.couplings:
+            z_a, z_b = z.tensor_split([z.shape[-1] - self.moved], dim=-1)
+            u_b, ladj_coupling = coupling(z_a, z_b)
+            z, ladj = torch.cat((u_b, z_a), dim=-1), ladj + ladj_coupling  # the next one moves what this one saw
+        return z, ladj
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """z = g(u), (..., z_dim) to the same."""
+        for coupling in reversed(self.couplings):
+            u_b, z_a = u.tensor_split([self.moved], dim=-1)
+            u = torch.cat((z_a, coupling.inverse(z_a, u_b)), dim=-1)
+        return u
+
+
+class VAE(nn.Module):
+    """Encoder and decoder, two networks of the same shape with `hidden` units in every hidden layer, and the prior.
+
+    couplings, prior_hidden: of the prior and its networks; without couplings it is N(0, I).
+    """
+
+    def __init__(self, z_dim: int, hidden: int, couplings: int = 0, prior_hidden: int = 0):
         super().__init__()
         self.z_dim = z_dim
         self.encoder = mlp(mnist.PIXELS, hidden, 2 * z_dim)
         self.decoder = mlp(z_dim, hidden, mnist.PIXELS)
+        self.prior = Prior(z_dim, couplings, prior_hidden)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (batch, 784) to mu and logvar of q(z|x), (batch, z_dim) each."""
@@ -71,7 +136,8 @@ class VAE(nn.Module):
 
 def build(config: dict) -> VAE:
     """The model of a run's config, untrained."""
-    return VAE(config["z_dim"], config["hidden"])
+    couplings = config["couplings"] if config["prior"] == "flow" else 0
+    return VAE(config["z_dim"], config["hidden"], couplings, config["prior_hidden"])
 
 
 # Objective
@@ -106,27 +172,33 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
     return (x * logits).sum(-1) - F.softplus(logits).sum(-1)
 
 
-def elbo(model: VAE, x: Tensor, eps: Tensor) -> Tensor:
-    """The evidence lower bound, eq:elbo: log p(x|z) at one sample of q(z|x), less the KL in closed form.
-
-    x: (batch, 784) of 0 and 1; eps: (batch, z_dim) standard normal. Returns (batch,), in nats. This is
-    `importance_weighted_bound` with K = 1 and log p(z) - log q(z|x) replaced by its mean, which is -KL.
-    """
-    mu, logvar = model.encode(x)
-    logits = model.decode(reparameterize(mu, logvar, eps))
-    return bernoulli_log_prob(x, logits) - kl_to_standard_normal(mu, logvar)
-
-
-def log_weight(model: VAE, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+def log_weight(model: VAE, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor, stopped: bool = False) -> Tensor:
     """log w = log p(x|z) + log p(z) - log q(z|x) at z = mu + exp(logvar/2) eps, eq:weight; (..., batch), in nats.
 
-    x: (batch, 784); mu, logvar: (batch, z_dim) of q(z|x); eps: (..., batch, z_dim). The two densities share their
-    (2 pi)^(-z_dim/2), which is left out of both.
+    x: (batch, 784); mu, logvar: (batch, z_dim) of q(z|x); eps: (..., batch, z_dim) standard normal. The densities of z
+    share their (2 pi)^(-z_dim/2), which is left out of both. With `stopped`, log q's own mu and logvar are constants to
+    the gradient, which loses a term of mean zero, eq:stopped (Roeder et al. 2017): where q is the posterior, log w is
+    the same for every z, and its gradient with respect to mu and logvar vanishes.
     """
     z = reparameterize(mu, logvar, eps)
-    log_prior = -0.5 * z.square().sum(-1)
-    log_q = -0.5 * (logvar + eps.square()).sum(-1)
+    u, ladj = model.prior(z)
+    log_prior = ladj - 0.5 * u.square().sum(-1)
+    if stopped:
+        mu, logvar = mu.detach(), logvar.detach()
+    log_q = -0.5 * (logvar + (z - mu).square() * torch.exp(-logvar)).sum(-1)
     return bernoulli_log_prob(x, model.decode(z)) + log_prior - log_q
+
+
+def elbo(model: VAE, x: Tensor, eps: Tensor) -> Tensor:
+    """The evidence lower bound at one sample of q(z|x), eq:elbo: x (batch, 784), eps (batch, z_dim) to (batch,), nats.
+
+    It is `log_weight`, whose log p(z) - log q(z|x) is replaced by its mean, minus the KL, where that has a closed form.
+    """
+    mu, logvar = model.encode(x)
+    if model.prior.couplings:
+        return log_weight(model, x, mu, logvar, eps)
+    logits = model.decode(reparameterize(mu, logvar, eps))
+    return bernoulli_log_prob(x, logits) - kl_to_standard_normal(mu, logvar)
 
 
 def importance_weighted_bound(log_w: Tensor) -> Tensor:
@@ -143,13 +215,14 @@ def draw_batch(images: Tensor, index: Tensor, z_dim: int) -> tuple[Tensor, Tenso
     return x, torch.randn(len(index), z_dim, device=images.device)
 
 
-def training_step(model: VAE, optimizer: Optimizer, images: Tensor, index: Tensor) -> Tensor:
+def training_step(model: VAE, optimizer: Optimizer, images: Tensor, index: Tensor, stopped: bool) -> Tensor:
     """One step of Adam down eq:loss on images[index], (batch,) of images (n, 784) uint8: minus the mean ELBO, detached.
 
-    Nothing here waits for the device.
+    stopped: the gradient is the one that `log_weight` tells of. Nothing here waits for the device.
     """
     x, eps = draw_batch(images, index, model.z_dim)
-    loss = -elbo(model, x, eps).mean()
+    bound = log_weight(model, x, *model.encode(x), eps, stopped) if stopped else elbo(model, x, eps)
+    loss = -bound.mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -163,7 +236,8 @@ def train(run: Run, model: VAE, data: mnist.Data) -> None:
     steps = mnist.steps_per_epoch(len(images), args.batch_size)
     optimizer = training.adam(model.parameters(), args.lr, betas=args.betas)
     run.start(model=model, optimizer=optimizer)
-    take_step = training.CapturedStep(lambda index: training_step(model, optimizer, images, index), run.device)
+    stopped = args.gradient == "stopped"
+    take_step = training.CapturedStep(lambda i: training_step(model, optimizer, images, i, stopped), run.device)
     losses = torch.zeros(steps, device=run.device)
     train_set = evaluation_set(images[:EVALUATION_IMAGES], "training", model.z_dim)
     validation_set = evaluation_set(data.validation_images, "validation", model.z_dim)
@@ -196,20 +270,26 @@ def per_image_elbo(model: VAE, x: Tensor, eps: Tensor, batch: int = EVALUATION_B
 
 
 @torch.inference_mode()
-def importance_sampled_log_px(model: VAE, x: Tensor, draws: int, batch: int = EVALUATION_BATCH) -> Tensor:
-    """log p(x) of every image by L_K with K = `draws` samples of q(z|x): (n,) in nats, float64, on the CPU."""
+def importance_sampled_log_px(
+    model: VAE, x: Tensor, draws: int, batch: int = EVALUATION_BATCH, kept: Path | None = None
+) -> Tensor:
+    """log p(x) of every image by L_K, eq:iwae, with K = `draws` samples of q(z|x): (n,) in nats, float64, on the CPU.
+
+    kept: as in `experiment.log_mean_exp`.
+    """
     encoded = [model.encode(part) for part in x.split(batch)]
-    log_w = torch.empty(draws, len(x), dtype=x.dtype)
-    for k in cli.progress(range(draws), "importance samples"):
+
+    def log_w(k: int) -> Tensor:
         eps = fixed_normal(f"eps, importance sample {k}", len(x), model.z_dim).to(x)
         parts = zip(x.split(batch), encoded, eps.split(batch))
-        log_w[k] = torch.cat([log_weight(model, part, *q, noise) for part, q, noise in parts])
-    return torch.cat([importance_weighted_bound(part.double()) for part in log_w.split(batch, dim=1)])
+        return torch.cat([log_weight(model, part, *q, noise) for part, q, noise in parts])
+
+    return log_mean_exp(log_w, draws, kept)
 
 
 @torch.inference_mode()
 def quadrature_log_px(model: VAE, x: Tensor, points: int = 601, limit: float = 6.0, block: int = 1000) -> Tensor:
-    """log p(x) of every image by the trapezoid rule over a two-dimensional z: (n,) in nats, float64, on the CPU.
+    """log p(x) of every image by the trapezoid rule over a two-dimensional u: (n,) in nats, float64, on the CPU.
 
     The grid has `points` along each axis of [-limit, limit]^2. For a smooth integrand that vanishes at its edge the
     rule's error falls faster than any power of the step.
@@ -217,10 +297,10 @@ def quadrature_log_px(model: VAE, x: Tensor, points: int = 601, limit: float = 6
     axis = torch.linspace(-limit, limit, points, dtype=torch.float64)
     step = 2 * limit / (points - 1)
     grid = torch.cartesian_prod(axis, axis)
-    log_cell = 2 * math.log(step) - math.log(2 * math.pi) - 0.5 * grid.square().sum(-1)  # log p(z) dz
+    log_cell = 2 * math.log(step) - math.log(2 * math.pi) - 0.5 * grid.square().sum(-1)  # log p(u) du
     total = torch.full((len(x),), -math.inf, dtype=torch.float64)
-    for z, log_measure in cli.progress(list(zip(grid.split(block), log_cell.split(block))), "quadrature"):
-        logits = model.decode(z.to(x))
+    for u, log_measure in cli.progress(list(zip(grid.split(block), log_cell.split(block))), "quadrature"):
+        logits = model.decode(model.prior.inverse(u.to(x)))
         log_joint = x @ logits.T + (log_measure.to(x) - F.softplus(logits).sum(-1))  # (n, block)
         total = torch.logaddexp(total, log_joint.logsumexp(-1).cpu().double())
     return total
@@ -230,7 +310,7 @@ def evaluate(run: Run, model: VAE, data: mnist.Data) -> dict:
     """The `result` of a trained model, on the test set; the judge's verdict is on decoder means."""
     draws = run.args.importance_samples
     x, eps = evaluation_set(data.test_images, "test", model.z_dim)
-    log_px = importance_sampled_log_px(model, x, draws)
+    log_px = importance_sampled_log_px(model, x, draws, kept=run.kept(model))
     result = {
         "test_elbo": float(per_image_elbo(model, x, eps).mean()),
         "test_nll": float(-log_px.mean()),
@@ -248,8 +328,8 @@ def evaluate(run: Run, model: VAE, data: mnist.Data) -> dict:
 @torch.inference_mode()
 def sample(model: VAE, n: int) -> Tensor:
     """The pixels' means for n latents of the prior: (n, 28, 28) uint8, of the same latents in every call."""
-    z = fixed_normal("samples", n, model.z_dim).to(next(model.parameters()).device)
-    return torch.cat([decoder_means(model, part) for part in z.split(EVALUATION_BATCH)])
+    u = fixed_normal("samples", n, model.z_dim).to(next(model.parameters()).device)
+    return torch.cat([decoder_means(model, model.prior.inverse(part)) for part in u.split(EVALUATION_BATCH)])
 
 
 @torch.inference_mode()
@@ -269,22 +349,24 @@ def decoder_draws(model: VAE, z: Tensor) -> Tensor:
 # Pictures
 
 
+@torch.inference_mode()
 def panel(model: VAE) -> Tensor:
     """Means at one fixed set of latents, so that an eye can follow an image through training: (n, 28, 28) uint8.
 
     For z of 2 they are the manifold's, else 16 draws from the prior.
     """
-    z = manifold_latents(MANIFOLD_SIDE) if model.z_dim == 2 else fixed_normal("panels", 16, model.z_dim)
-    return decoder_means(model, z.to(next(model.parameters()).device))
+    u = manifold_latents(MANIFOLD_SIDE) if model.z_dim == 2 else fixed_normal("panels", 16, model.z_dim)
+    return decoder_means(model, model.prior.inverse(u.to(next(model.parameters()).device)))
 
 
 def manifold_latents(side: int) -> Tensor:
-    """Latents (side^2, 2), row by row from the top left: normal quantiles of u_i = (i + 1/2) / side on each axis."""
+    """u (side^2, 2), row by row from the top left: the normal quantiles of (i + 1/2) / side on each axis."""
     quantiles = torch.special.ndtri((torch.arange(side) + 0.5) / side)
-    z2, z1 = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
-    return torch.stack((z1, z2), dim=-1).view(-1, 2)
+    u2, u1 = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
+    return torch.stack((u1, u2), dim=-1).view(-1, 2)
 
 
+@torch.inference_mode()
 def draw(run: Run, model: VAE, data: mnist.Data) -> None:
     """Draw curves and panels from the history and the frames, everything else from the weights."""
     frames = {**run.frames, run.args.epochs: panel(model)}
@@ -298,11 +380,10 @@ def draw(run: Run, model: VAE, data: mnist.Data) -> None:
         return
     for epoch, images in frames.items():
         pictures.save_grid(run.figure(f"samples_{run.stamp(epoch)}"), images, columns=4)
-    z = fixed_normal("panels", 16, model.z_dim).to(run.device)
-    pictures.save_grid(run.figure("draws"), decoder_draws(model, z), columns=4)
+    u = fixed_normal("panels", 16, model.z_dim).to(run.device)
+    pictures.save_grid(run.figure("draws"), decoder_draws(model, model.prior.inverse(u)), columns=4)
     x, eps = (part[:10] for part in evaluation_set(data.validation_images, "validation", model.z_dim))
-    with torch.inference_mode():
-        means = decoder_means(model, reparameterize(*model.encode(x), eps))
+    means = decoder_means(model, reparameterize(*model.encode(x), eps))
     rows = (data.validation_images[:10], pictures.to_uint8(x).view_as(means), means)
     pictures.save_grid(run.figure("reconstructions"), torch.cat(rows), columns=10)
 
@@ -315,7 +396,9 @@ def draw_manifold(run: Run, epoch: int, images: Tensor) -> None:
     positions = torch.special.ndtr(torch.tensor(values, dtype=torch.float64)).tolist()
     ax.set_xticks(positions, map(str, values))
     ax.set_yticks(positions, map(str, values))
-    ax.set(xlabel="$z_1$ (at quantiles of the prior)", ylabel="$z_2$", title=f"Decoder means, epoch {epoch}")
+    letter = "u" if run.args.prior == "flow" else "z"
+    labels = {"xlabel": f"${letter}_1$ (at quantiles of the prior)", "ylabel": f"${letter}_2$"}
+    ax.set(**labels, title=f"Decoder means, epoch {epoch}")
     pictures.save_figure(run.figure(f"manifold_{run.stamp(epoch)}"), fig, pdf=False)
 
 
@@ -324,12 +407,18 @@ def draw_manifold(run: Run, epoch: int, images: Tensor) -> None:
 
 def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
-    parser = cli.Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(BEST, description=__doc__.partition("\n")[0])
     cli.add_flags(parser, epochs=40, batch_size=320, lr=3e-3, betas=(0.9, 0.999))
-    parser.add_argument("--z-dim", type=cli.positive_int, default=20, metavar="N", help="latents; 2 draws a manifold")
-    parser.add_argument("--hidden", type=cli.positive_int, default=416, metavar="N", help="units of every hidden layer")
+    count = cli.positive_int
+    parser.add_argument("--z-dim", type=count, default=20, metavar="N", help="latents; 2 draws a manifold")
+    parser.add_argument("--hidden", type=count, default=416, metavar="N", help="units of every hidden layer")
+    parser.add_argument("--prior", choices=("normal", "flow"), default="normal", help="the latents' distribution")
+    parser.add_argument("--couplings", type=count, default=8, metavar="N", help="of the flow prior")
+    parser.add_argument("--prior-hidden", type=count, default=128, metavar="N", help="units of its hidden layers")
+    how = "of log q: through its sample alone, or also through its parameters"
+    parser.add_argument("--gradient", choices=("stopped", "plain"), default="stopped", help=how)
     parser.add_argument("--warmup", type=cli.fraction, default=0.05, metavar="X", help="share of steps until the peak")
-    parser.add_argument("--importance-samples", type=cli.positive_int, default=500, metavar="K", help="per image")
+    parser.add_argument("--importance-samples", type=count, default=500, metavar="K", help="per image")
     return parser
 
 
@@ -338,7 +427,10 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --evaluate or --sample use what was trained."""
     parser = flags()
     args = parser.parse_args(argv)
-    run = Run(f"vae_z{args.z_dim}", parser, args, report=({}, {"z_dim": 2}), evaluation=("importance_samples",))
+    if args.prior == "flow" and args.z_dim == 1:
+        raise cli.UserError("--prior flow moves one half of z by the other: --z-dim must be 2 or more")
+    name = "vae_best" if args.best else f"vae_z{args.z_dim}"
+    run = Run(name, parser, args, report=({}, {"z_dim": 2}), evaluation=("importance_samples",))
     torch.manual_seed(args.seed)
     model = build(run.config).to(run.device)
     if args.evaluate or args.sample:

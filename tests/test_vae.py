@@ -28,6 +28,22 @@ def model() -> vae.VAE:
     return small
 
 
+def flow_prior(z_dim: int, couplings: int = 3) -> vae.Prior:
+    """A prior in float64 whose last layers are not zero."""
+    torch.manual_seed(1)
+    prior = vae.Prior(z_dim, couplings, hidden=6).double()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.4 * torch.randn_like(parameter))
+    return prior
+
+
+def log_density(prior: vae.Prior, z: Tensor) -> Tensor:
+    """log p(z), with the constant that log_weight leaves out."""
+    u, ladj = prior(z)
+    return ladj + torch.distributions.Normal(0, 1).log_prob(u).sum(-1)
+
+
 @pytest.fixture
 def x() -> Tensor:
     """Three binary images, in float64."""
@@ -232,3 +248,104 @@ def test_evaluation_noise_is_a_function_of_split_and_index():
         assert torch.equal(x[:n], fewer) and torch.equal(eps[:n], fewer_eps)
     other, other_eps = vae.evaluation_set(images, "test", 2)
     assert not torch.equal(x, other) and not torch.equal(eps, other_eps)
+
+
+# The flow prior
+
+
+def test_prior_integrates_to_one():
+    prior = flow_prior(2)
+    axis = torch.linspace(-30, 30, 1201, dtype=torch.float64)
+    z = torch.cartesian_prod(axis, axis)
+    with torch.inference_mode():
+        density = log_density(prior, z).exp()
+    assert density.sum().item() * 0.05**2 == pytest.approx(1, abs=1e-6)
+    standard_normal = torch.exp(-0.5 * z.square().sum(-1)) / (2 * math.pi)
+    assert (density - standard_normal).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("z_dim", [2, 5, 8])
+def test_prior_inverts_and_its_ladj_is_autograds(z_dim):
+    prior = flow_prior(z_dim)
+    z = torch.randn(4, 3, z_dim, dtype=torch.float64)
+    u, ladj = prior(z)
+    assert u.shape == z.shape and ladj.shape == z.shape[:-1] and (u - z).abs().mean() > 0.1
+    torch.testing.assert_close(prior.inverse(u), z, rtol=0, atol=1e-12)
+    for at, value in zip(z.flatten(0, 1), ladj.flatten()):
+        jacobian = torch.autograd.functional.jacobian(lambda one: prior(one)[0], at)
+        assert torch.linalg.slogdet(jacobian).logabsdet.item() == pytest.approx(value.item(), abs=1e-10)
+
+
+def test_a_prior_with_zero_last_layers_is_the_normal_prior(model, x):
+    flow = vae.VAE(z_dim=2, hidden=8, couplings=4, prior_hidden=6).double()
+    flow.encoder, flow.decoder = model.encoder, model.decoder
+    eps, weight = normal_grid(41)
+    at = eps[:, None, :].expand(-1, len(x), -1)
+    with torch.inference_mode():
+        by_flow = weight @ torch.stack([vae.elbo(flow, x, each) for each in at])
+        closed = weight @ torch.stack([vae.elbo(model, x, each) for each in at])
+    torch.testing.assert_close(by_flow, closed, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        vae.quadrature_log_px(flow, x, points=61), vae.quadrature_log_px(model, x, points=61), rtol=0, atol=1e-12
+    )
+
+
+def test_draws_from_the_prior_follow_its_density():
+    prior = flow_prior(2)
+    axis = torch.linspace(-30, 30, 1201, dtype=torch.float64)
+    with torch.inference_mode():
+        log_p = log_density(prior, torch.cartesian_prod(axis, axis))
+        negative_entropy = float((log_p.exp() * log_p).sum()) * 0.05**2
+        u = torch.randn(40_000, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        own = log_density(prior, prior.inverse(u))
+    assert abs(own.mean() - negative_entropy) < 4 * standard_error(own)
+
+
+def test_quadrature_and_importance_sampling_agree_under_a_flow_prior(model, x):
+    model.prior = flow_prior(2)
+    exact = vae.quadrature_log_px(model, x, points=201)
+    torch.testing.assert_close(exact, vae.quadrature_log_px(model, x, points=301), rtol=0, atol=1e-6)
+    assert (vae.importance_sampled_log_px(model, x, draws=3000) - exact).abs().max() < 0.2
+    assert torch.equal(
+        vae.sample(model.float(), 3), vae.decoder_means(model, model.prior.inverse(fixed_normal("samples", 3, 2)))
+    )
+
+
+# The stopped gradient
+
+
+@pytest.mark.parametrize("couplings", [0, 3])
+def test_the_stopped_gradient_has_the_plain_ones_mean(model, x, couplings):
+    model.prior = flow_prior(2, couplings)
+    eps, weight = normal_grid(61)
+    at = eps[:, None, :].expand(-1, len(x), -1)
+    gradients = []
+    for stopped in (False, True):
+        log_w = vae.log_weight(model, x, *model.encode(x), at, stopped)
+        gradients.append(torch.autograd.grad((weight @ log_w).sum(), list(model.parameters())))
+    for plain, stopped in zip(*gradients):
+        torch.testing.assert_close(stopped, plain, rtol=0, atol=1e-7)
+    assert all(each.abs().max() > 1e-3 for each in gradients[0])
+    one = [
+        torch.autograd.grad(vae.log_weight(model, x, *model.encode(x), at[1000], s).sum(), model.encoder[-1].bias)
+        for s in (False, True)
+    ]
+    assert (one[0][0] - one[1][0]).abs().max() > 1e-3  # at one eps they differ
+
+
+def test_the_stopped_gradient_vanishes_where_q_is_the_posterior(model, x):
+    """The decoder sees nothing of z, and the prior's one coupling scales and shifts by constants: p(z|x) is normal."""
+    model.prior = flow_prior(2, couplings=1)
+    with torch.no_grad():
+        model.decoder[-1].weight.zero_()
+        model.prior.couplings[0].conditioner[-1].weight.zero_()
+    log_scale, shift = (each.detach() for each in model.prior.couplings[0].maps(torch.zeros(1, dtype=torch.float64)))
+    mu = torch.cat((torch.zeros(1), -shift * torch.exp(-log_scale))).double().expand(3, 2).requires_grad_()
+    logvar = torch.cat((torch.zeros(1), -2 * log_scale)).double().expand(3, 2).requires_grad_()
+    eps = torch.randn(50, 3, 2, dtype=torch.float64)
+    for stopped in (True, False):
+        gradients = [
+            torch.autograd.grad(vae.log_weight(model, x, mu, logvar, each, stopped).sum(), (mu, logvar)) for each in eps
+        ]
+        largest = max(float(each.abs().max()) for pair in gradients for each in pair)
+        assert largest < 1e-12 if stopped else largest > 1
