@@ -18,7 +18,7 @@ import random
 import statistics
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,8 @@ GROWTH = {  # what grows -> script -> values; but for the images, the script's o
 }
 GROWN_OVER = {"vae": 7680, "gan": 5120, "nf": 960}  # images of an epoch, unless they are what grows
 GROWTH_ROUNDS = 4
+MARKS = {"vae": (-105.0, -101.7), "nf": (-1.82,)}  # of the races: nats (ELBO), and minus bits per dimension
+RACE_SECONDS = 600  # of training at most
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Case:
     args: Namespace
     images: Tensor  # (n, ...) uint8, an epoch's
     model: nn.Module
+    optimizer: object
     step: Callable[[Tensor], object]  # a training step of the script, on the batch's indices
     textbook: Callable[[Tensor], None]  # the textbook's, of a second model, on images (batch, 1, 28, 28) in [0, 1]
     steps: int  # of training in one measurement
@@ -66,20 +69,35 @@ def vae_case(images: Tensor, *flags: str) -> Case:
     args, images = vae.flags().parse_args(flags), images.flatten(1)
     model, plain = (vae.build(cli.settings(args)).to(images.device) for _ in range(2))
     optimizer = training.adam(model.parameters(), args.lr, betas=args.betas)
-    adam = torch.optim.Adam(plain.parameters(), lr=args.lr, betas=args.betas)
+    textbook = vae_textbook(plain, torch.optim.Adam(plain.parameters(), lr=args.lr, betas=args.betas))
 
-    def textbook(batch: Tensor) -> None:
+    def step(index: Tensor) -> Tensor:
+        return vae.training_step(model, optimizer, images, index, args.gradient == "stopped")
+
+    return Case(args, images, model, optimizer, step, textbook, 40)
+
+
+def vae_textbook(model: vae.VAE, adam: torch.optim.Adam) -> Callable[[Tensor], None]:
+    """The step that tutorials show, down minus the ELBO (under a flow prior: with its sampled KL)."""
+
+    def step(batch: Tensor) -> None:
         x = torch.bernoulli(batch.flatten(1))
-        mu, logvar = plain.encode(x)
-        logits = plain.decode(mu + torch.exp(0.5 * logvar) * torch.randn_like(mu))
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
-        loss = (cross_entropy - 0.5 * (1 + logvar - mu**2 - logvar.exp()).sum()) / len(x)
+        mu, logvar = model.encode(x)
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        cross_entropy = F.binary_cross_entropy_with_logits(model.decode(z), x, reduction="sum")
+        if model.prior.couplings:
+            u, ladj = model.prior(z)
+            log_q = -0.5 * (logvar + (z - mu) ** 2 / logvar.exp()).sum(1)
+            kl = (log_q + 0.5 * (u**2).sum(1) - ladj).sum()
+        else:
+            kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum()
+        loss = (cross_entropy + kl) / len(x)
         adam.zero_grad()
         loss.backward()
         adam.step()
         loss.item()
 
-    return Case(args, images, model, lambda index: vae.training_step(model, optimizer, images, index), textbook, 40)
+    return step
 
 
 def gan_case(images: Tensor, *flags: str) -> Case:
@@ -108,7 +126,7 @@ def gan_case(images: Tensor, *flags: str) -> Case:
     def step(index: Tensor) -> Tensor:
         return gan.training_step(model, optimizers, images, index, 1 - args.decay)
 
-    return Case(args, images, model, step, textbook, 40)
+    return Case(args, images, model, optimizers, step, textbook, 40)
 
 
 def nf_case(images: Tensor, *flags: str) -> Case:
@@ -116,21 +134,35 @@ def nf_case(images: Tensor, *flags: str) -> Case:
     args = nf.flags().parse_args(flags)
     model, plain = (nf.build(cli.settings(args)).to(images.device) for _ in range(2))
     optimizer = training.adam(model.parameters(), args.lr, betas=args.betas)
-    adam = torch.optim.Adam(plain.parameters(), lr=args.lr, betas=args.betas)
+    textbook = nf_textbook(plain, torch.optim.Adam(plain.parameters(), lr=args.lr, betas=args.betas), args.clip)
 
-    def textbook(batch: Tensor) -> None:
+    def step(index: Tensor) -> tuple[Tensor, ...]:
+        return nf.training_step(model, optimizer, images, index, args.clip)
+
+    return Case(args, images, model, optimizer, step, textbook, 10)
+
+
+def nf_textbook(model: nn.Module, adam: torch.optim.Adam, clip: float) -> Callable[[Tensor], None]:
+    """The step that tutorials show, down the bits per dimension."""
+
+    def step(batch: Tensor) -> None:
         v = batch.view(-1, mnist.SIDE, mnist.SIDE) * 255
-        loss = nf.bits_per_dim(nf.log_prob(plain, v + torch.rand_like(v))).mean()
+        loss = nf.bits_per_dim(nf.log_prob(model, v + torch.rand_like(v))).mean()
         adam.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), args.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
         adam.step()
         loss.item()
 
-    return Case(args, images, model, lambda i: nf.training_step(model, optimizer, images, i, args.clip), textbook, 10)
+    return step
 
 
-CASES = {"vae": vae_case, "gan": gan_case, "nf": nf_case}
+def vae_best_case(images: Tensor, *flags: str) -> Case:
+    """vae.py --best on images (n, 28, 28) uint8."""
+    return vae_case(images, "--best", *flags)
+
+
+CASES = {"vae": vae_case, "vae_best": vae_best_case, "gan": gan_case, "nf": nf_case}
 
 
 class _Products(TorchDispatchMode):
@@ -173,8 +205,16 @@ def in_turns(functions: dict[str, Callable[[], object]], rounds: int, device: to
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def measure(case: Case, rounds: int, data_dir: Path) -> dict:
-    """One model's row of the table."""
+def repeated(case: Case, step: Callable[[Tensor], object]) -> Callable[[], None]:
+    """A function that takes `case.steps` steps on the case's batches."""
+    batch, device = case.args.batch_size, case.images.device
+    epochs = (mnist.batches(len(case.images), batch, device) for _ in itertools.count())
+    drawn, captured = itertools.chain.from_iterable(epochs), training.CapturedStep(step, device)
+    return lambda: [captured(next(drawn)) for _ in range(case.steps)]
+
+
+def loader_of(data_dir: Path, batch_size: int, images: int | None = None) -> torch.utils.data.DataLoader:
+    """The textbook's: shuffled batches of MNIST, of the first `images` training images or of all."""
     import torchvision
 
     try:
@@ -182,25 +222,26 @@ def measure(case: Case, rounds: int, data_dir: Path) -> dict:
     except RuntimeError:
         message = f"torchvision, which the textbook loop uses, wants unpacked files: gunzip those in {data_dir}"
         raise cli.UserError(message) from None
+    subset = torch.utils.data.Subset(dataset, range(images or len(dataset)))
+    return torch.utils.data.DataLoader(subset, batch_size=batch_size, shuffle=True)
+
+
+def measure(case: Case, rounds: int, data_dir: Path) -> dict:
+    """One model's row of the table."""
     device, batch = case.images.device, case.args.batch_size
-    loader = torch.utils.data.DataLoader(dataset, batch_size=batch, shuffle=True)
+    loader = loader_of(data_dir, batch)
 
     def textbook() -> None:
         for pixels, _ in itertools.islice(loader, case.steps):
             case.textbook(pixels.to(device))
-
-    def repeat(function: Callable[[Tensor], object]) -> Callable[[], None]:
-        epochs = (mnist.batches(len(case.images), batch, device) for _ in itertools.count())
-        drawn, captured = itertools.chain.from_iterable(epochs), training.CapturedStep(function, device)
-        return lambda: [captured(next(drawn)) for _ in range(case.steps)]
 
     a, b, out = (torch.randn(CEILING_SIDE, CEILING_SIDE, device=device) for _ in range(3))
     only_products, flops = products(case)
     parts = {
         "ceiling": lambda: [torch.mm(a, b, out=out) for _ in range(CEILING_PRODUCTS)],
         "textbook": textbook,
-        "step": repeat(case.step),
-        "products": repeat(only_products),
+        "step": repeated(case, case.step),
+        "products": repeated(case, only_products),
     }
     times = in_turns(parts, rounds, device)
     images = case.steps * batch
@@ -217,6 +258,110 @@ def measure(case: Case, rounds: int, data_dir: Path) -> dict:
         "textbook_images_per_second": images / times["textbook"],
         "times_textbook": times["textbook"] / times["step"],
     }
+
+
+# A race: what a user would write instead
+
+
+class TextbookFlow(nn.Module):
+    """The assignment's flow: eight affine couplings by fully connected networks on a checkerboard, 27.7M weights."""
+
+    def __init__(self, hidden: int = 1024):
+        super().__init__()
+        self.networks = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(mnist.PIXELS, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+                nn.Linear(hidden, 2 * mnist.PIXELS),
+            )
+            for _ in range(8)
+        )  # fmt: skip
+        side = torch.arange(mnist.SIDE)
+        self.register_buffer("white", ((side[:, None] + side) % 2).flatten().float())
+
+    def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (batch, 28, 28) to z (batch, 784) and ladj (batch,), as `nf.Flow` does."""
+        y, ladj = nf.to_logits(v.flatten(1), 1e-5)
+        for number, network in enumerate(self.networks):
+            moved = self.white if number % 2 else 1 - self.white
+            log_scale, shift = (moved * each for each in network(y * (1 - moved)).chunk(2, dim=1))
+            log_scale = torch.tanh(log_scale)
+            y, ladj = y * torch.exp(log_scale) + shift, ladj + log_scale
+        return y, ladj.sum(1)
+
+
+def race(runners: dict[str, tuple[Callable[[], object], Callable[[], float]]], marks: Sequence[float]) -> dict:
+    """Trains in turns, a little at a time, until all have passed the marks or trained for RACE_SECONDS.
+
+    runners: name -> (train a little, measure on validation: higher is better). Returns name -> seconds of training in
+    all, what was reached by then, and the seconds until each mark that was passed; measuring is not counted.
+    """
+    rows: dict = {name: {"seconds": 0.0, "reached": None, "passed": {}} for name in runners}
+    running = dict(runners)
+    while running:
+        for name, (train, validate) in list(running.items()):
+            row = rows[name]
+            row["seconds"] += seconds(train, torch.device("cpu"))
+            row["reached"] = validate()
+            for mark in marks:
+                if row["reached"] >= mark:
+                    row["passed"].setdefault(str(mark), row["seconds"])
+            if len(row["passed"]) == len(marks) or row["seconds"] > RACE_SECONDS:
+                del running[name]
+            print(name, f"{row['seconds']:.0f} s: {row['reached']:.3f}", flush=True)
+    return rows
+
+
+def in_parts(case: Case, parts: int) -> Callable[[], None]:
+    """Trains as the script does, the learning rate included: an epoch divided by `parts` at each call."""
+    args, images = case.args, len(case.images)
+    steps = mnist.steps_per_epoch(images, args.batch_size)
+    epochs = (mnist.batches(images, args.batch_size) for _ in range(args.epochs))
+    numbered = enumerate(itertools.chain.from_iterable(epochs))
+
+    def train() -> None:
+        for step, index in itertools.islice(numbered, -(-steps // parts)):
+            training.set_lr(case.optimizer, args.lr * training.warmup_cosine(step, args.epochs * steps, args.warmup))
+            case.step(index)
+
+    return train
+
+
+def from_loader(step: Callable[[Tensor], None], data_dir: Path, parts: int) -> Callable[[], None]:
+    """Trains by a textbook's step on batches of 128 from a DataLoader: an epoch divided by `parts` at each call."""
+    loader = loader_of(data_dir, 128, mnist.TRAIN)
+    batches = itertools.chain.from_iterable(loader for _ in itertools.count())
+
+    def train() -> None:
+        for pixels, _ in itertools.islice(batches, -(-len(loader) // parts)):
+            step(pixels)
+
+    return train
+
+
+def races(data: mnist.Data, data_dir: Path) -> dict:
+    """For VAE and flow: the textbook's model and training, and the script's, until MARKS."""
+    plain = vae.VAE(20, 400)
+    plain.encoder = nn.Sequential(nn.Linear(mnist.PIXELS, 400), nn.ReLU(), nn.Linear(400, 2 * 20))
+    plain.decoder = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, mnist.PIXELS))
+    step = vae_textbook(plain, torch.optim.Adam(plain.parameters(), lr=1e-3))
+    case = vae_case(data.train_images)
+    pixels = vae.evaluation_set(data.validation_images, "validation", 20)
+    vaes = {
+        "textbook": (from_loader(step, data_dir, 1), lambda: float(vae.per_image_elbo(plain, *pixels).mean())),
+        "script": (in_parts(case, 1), lambda: float(vae.per_image_elbo(case.model, *pixels).mean())),
+    }
+    affine = TextbookFlow()
+    affine_step = nf_textbook(affine, torch.optim.Adam(affine.parameters(), lr=1e-3), 100.0)
+    flow = nf_case(data.train_images)
+    noisy = nf.evaluation_set(data.validation_images, "validation")
+    flows = {
+        "textbook": (from_loader(affine_step, data_dir, 4), lambda: -nf.mean_bpd(affine, noisy)),
+        "script": (in_parts(flow, 4), lambda: -nf.mean_bpd(flow.model, noisy)),
+    }
+    return {"vae": race(vaes, MARKS["vae"]), "nf": race(flows, MARKS["nf"])}
+
+
+# Growth
 
 
 def settings(name: str, **changed: int) -> dict[str, int]:
@@ -349,10 +494,15 @@ def main(argv: list[str] | None = None) -> None:
     rows = {}
     for script, case in CASES.items():
         rows[script] = measure(case(data.images if script == "gan" else data.train_images), args.rounds, args.data_dir)
-        print(script, *(f"{key} {value:,.1f}" for key, value in rows[script].items()), sep="\n  ", flush=True)
+        if script == "vae_best":
+            cases = {prior: vae_best_case(data.train_images, "--prior", prior) for prior in ("flow", "normal")}
+            times = in_turns({prior: repeated(each, each.step) for prior, each in cases.items()}, args.rounds, device)
+            rows[script]["times_normal_prior"] = times["flow"] / times["normal"]
+        print(script, *(f"{key} {value:,.2f}" for key, value in rows[script].items()), sep="\n  ", flush=True)
     content = {"environment": experiment.environment(device), "rounds": args.rounds, "models": rows}
     if device.type == "cpu":
         print("on a GPU: not measured (--device cuda)")
+        content["races"] = races(data, args.data_dir)
         content["growth"] = growth(args.data_dir)
     experiment.write(folder / f"{name}.json", experiment.json_bytes(content))
     if "growth" in content:

@@ -1,6 +1,7 @@
 """The bench counts and measures what it says."""
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -12,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import bench
+import cli
 import gan
 import mnist
 import nf
 import vae
-from conftest import FORKS, built
+from conftest import FORKS, SMALL, built
 
 BLANK = torch.zeros(60_000, 28, 28, dtype=torch.uint8)
 
@@ -75,8 +77,11 @@ def test_products_are_repeated_as_they_were_and_nothing_else():
 
 @pytest.mark.parametrize(
     ("script", "module", "flags"),
-    [("vae", vae, ()), ("gan", gan, ("--dropout", "0")), ("nf", nf, ("--hidden", "8", "--couplings", "1"))],
-)
+    [
+        ("vae", vae, ("--gradient", "plain")), ("vae_best", vae, ("--gradient", "plain")),
+        ("gan", gan, ("--dropout", "0")), ("nf", nf, ("--hidden", "8", "--couplings", "1")),
+    ],
+)  # fmt: skip
 def test_the_textbook_loop_takes_the_same_step(monkeypatch, script, module, flags):
     """With the same weights and noise, and no dropout, it leaves the weights where the script's step does."""
     models, build = [], module.build
@@ -84,17 +89,20 @@ def test_the_textbook_loop_takes_the_same_step(monkeypatch, script, module, flag
     def remember(config: dict) -> nn.Module:
         torch.manual_seed(0)
         models.append(build(config))
+        with torch.no_grad():
+            for parameter in models[-1].parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))  # no layer stays zero
         return models[-1]
 
     monkeypatch.setattr(module, "build", remember)
     pixels = torch.randint(256, (64, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    if script == "vae":  # draws pixels in another way, so they are certain ones
+    if module is vae:  # draws pixels in another way, so they are certain ones
         pixels = 255 * (pixels > 127).byte()
     case = bench.CASES[script](pixels, *flags)
     trained = [[each for each in model.parameters() if each.requires_grad] for model in models]
     before = [parameter.detach().clone() for parameter in trained[0]]
-    if script == "vae":
-        eps = torch.randn(64, 20)
+    if module is vae:
+        eps = torch.randn(64, models[0].z_dim)
         monkeypatch.setattr(vae, "draw_batch", lambda images, index, z_dim: (images[index] / 255, eps))
         monkeypatch.setattr(torch, "randn_like", lambda _: eps)
     torch.manual_seed(1)
@@ -119,7 +127,10 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
         return lambda images: dataclasses.replace(make(images, *flags), steps=2)
 
     small = short(bench.nf_case, "--hidden", "8", "--batch-size", "8")
-    monkeypatch.setattr(bench, "CASES", {"vae": short(bench.vae_case), "gan": short(bench.gan_case), "nf": small})
+    best = short(bench.vae_best_case)
+    cases = {"vae": short(bench.vae_case), "vae_best": best, "gan": short(bench.gan_case), "nf": small}
+    monkeypatch.setattr(bench, "CASES", cases)
+    monkeypatch.setattr(bench, "races", lambda *_: {"vae": "raced"})
     monkeypatch.setattr(bench, "GROWTH", {"width": {"vae": (416, 1248)}, "images": {"vae": (640, 30_720)}})
     monkeypatch.setattr(bench, "GROWN_OVER", {"vae": 640})
     monkeypatch.setattr(bench, "GROWTH_ROUNDS", 1)
@@ -128,7 +139,8 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
     assert bench.main(["--rounds", "1", "--data-dir", str(data_dir), "--out", str(tmp_path), "--device", "cpu"]) == 0
     content = json.loads((tmp_path / "figures" / "bench.json").read_text())
     rows = content["models"]
-    assert [row["batch_size"] for row in rows.values()] == [320, 256, 8] and list(rows) == ["vae", "gan", "nf"]
+    assert [row["batch_size"] for row in rows.values()] == [320, 320, 256, 8] and rows.keys() == cases.keys()
+    assert "times_normal_prior" in rows["vae_best"] and content["races"] == {"vae": "raced"}
     assert all(value > 0 for row in rows.values() for value in row.values())
     printed = capsys.readouterr().out
     assert "vae" in printed and "on a GPU: not measured" in printed
@@ -152,7 +164,9 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
 def test_a_point_of_the_growth_has_its_settings(tiny, monkeypatch, tmp_path):
     threads, batches, widths = [], [], []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(vae, "training_step", lambda model, _, images, index: batches.append((len(images), len(index))))
+    monkeypatch.setattr(
+        vae, "training_step", lambda model, _, images, index, stopped: batches.append((len(images), len(index)))
+    )
     build = vae.build
     monkeypatch.setattr(vae, "build", lambda config: widths.append(config["hidden"]) or build(config))
     for changed in ({"threads": 3}, {"width": 8}, {"batch_size": 64}, {"images": 960}):
@@ -203,3 +217,56 @@ def test_the_table_follows_from_the_medians(data_dir, monkeypatch):
     assert row["percent_of_ceiling"] == pytest.approx(100 * flops / 2 / limit)
     assert row["ceiling_gflops"] == pytest.approx(limit / 1e9) and row["gflops"] == pytest.approx(flops / 2 / 1e9)
     assert row["products_gflops"] == pytest.approx(flops / 1e9)
+
+
+# The races
+
+
+def test_a_race_counts_training_alone_and_ends_with_the_marks(monkeypatch):
+    """`train` sets the clock forward; a runner that passes the marks, or takes too long, leaves the race."""
+    monkeypatch.setattr(bench, "seconds", lambda train, device: train())
+    monkeypatch.setattr(bench, "RACE_SECONDS", 100)
+    quick, slow = iter([-5.0, -2.0, -0.5]), iter([-9.0] * 10)
+    rows = bench.race(
+        {"quick": (lambda: 4.0, lambda: next(quick)), "slow": (lambda: 30.0, lambda: next(slow))}, (-3, -1)
+    )
+    assert rows["quick"] == {"seconds": 12.0, "reached": -0.5, "passed": {"-3": 8.0, "-1": 12.0}}
+    assert rows["slow"] == {"seconds": 120.0, "reached": -9.0, "passed": {}}
+
+
+def test_the_textbooks_flow_is_one():
+    torch.manual_seed(0)
+    flow = bench.TextbookFlow(hidden=4).double()
+    v = 256 * torch.rand(1, 28, 28, dtype=torch.float64)
+    ladj = flow(v)[1]
+    jacobian = torch.autograd.functional.jacobian(lambda each: flow(each)[0], v).view(784, 784)
+    assert torch.linalg.slogdet(jacobian).logabsdet.item() == pytest.approx(ladj.item(), abs=1e-8)
+    assert sum(each.numel() for each in bench.TextbookFlow().parameters()) == pytest.approx(27.7e6, rel=1e-3)
+
+
+def test_a_racer_trains_as_the_script_does(tiny, monkeypatch, tmp_path):
+    """The same weights as after the script's two epochs, in four parts."""
+    monkeypatch.setattr(vae, "importance_sampled_log_px", lambda *_, **__: torch.zeros(2))
+    flags = [*SMALL["vae"], "--seed", "3"]
+    assert vae.main([*flags, "--out", str(tmp_path)]) == 0
+    trained = torch.load(tmp_path / "weights" / "vae_z20.pt", weights_only=True)["model"]
+    torch.manual_seed(3)
+    case = bench.vae_case(tiny.train_images, *flags)
+    torch.manual_seed(3)
+    case.model.load_state_dict(vae.build(cli.settings(case.args)).state_dict())
+    train = bench.in_parts(case, 2)
+    for _ in range(4):
+        train()
+    assert all(torch.equal(case.model.state_dict()[name], each) for name, each in trained.items())
+
+
+def test_all_racers_run(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "RACE_SECONDS", 0)
+    batch = tiny.train_images[:128].unsqueeze(1) / 255
+    monkeypatch.setattr(bench, "loader_of", lambda *_: [(batch, None)] * 12)
+    monkeypatch.setattr(bench, "TextbookFlow", functools.partial(bench.TextbookFlow, hidden=8))
+    rows = bench.races(tiny, tmp_path)
+    assert rows.keys() == bench.MARKS.keys()
+    for name, floor in (("vae", -560.0), ("nf", -11.0)):
+        assert rows[name].keys() == {"textbook", "script"}
+        assert all(row["seconds"] > 0 and row["reached"] > floor for row in rows[name].values())
