@@ -68,7 +68,7 @@ def vae_case(images: Tensor, *flags: str) -> Case:
     """vae.py on images (n, 28, 28) uint8."""
     args, images = vae.flags().parse_args(flags), images.flatten(1)
     model, plain = (vae.build(cli.settings(args)).to(images.device) for _ in range(2))
-    optimizer = training.adam(model.parameters(), args.lr, betas=args.betas)
+    optimizer = training.adam(model.parameters(), args.lr, args.weight_decay, betas=args.betas)
     textbook = vae_textbook(plain, torch.optim.Adam(plain.parameters(), lr=args.lr, betas=args.betas))
 
     def step(index: Tensor) -> Tensor:
@@ -340,7 +340,7 @@ def from_loader(step: Callable[[Tensor], None], data_dir: Path, parts: int) -> C
 
 def races(data: mnist.Data, data_dir: Path) -> dict:
     """For VAE and flow: the textbook's model and training, and the script's, until MARKS."""
-    plain = vae.VAE(20, 400)
+    plain = vae.VAE(20, 400, depth=1)
     plain.encoder = nn.Sequential(nn.Linear(mnist.PIXELS, 400), nn.ReLU(), nn.Linear(400, 2 * 20))
     plain.decoder = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, mnist.PIXELS))
     step = vae_textbook(plain, torch.optim.Adam(plain.parameters(), lr=1e-3))

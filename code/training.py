@@ -54,12 +54,19 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
 
-def adam(parameters: Iterable[nn.Parameter], lr: float, **settings: Any) -> torch.optim.Optimizer:
+def adam(
+    parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, **settings: Any
+) -> torch.optim.Optimizer:
     """Adam (Kingma & Ba 2015) in one pass over the parameters, whose step a CUDA graph can hold.
 
     For that its learning rate must be a number on the device. It stays one when the state of a run elsewhere is loaded.
+    weight_decay: a step also takes its share times the learning rate off the matrices (Loshchilov & Hutter 2019).
     """
-    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True, **settings)
+    matrices, others = [], []
+    for parameter in parameters:
+        (matrices if parameter.ndim > 1 else others).append(parameter)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True, **settings)
     _match_device(optimizer)
     optimizer.register_load_state_dict_post_hook(_match_device)
     return optimizer

@@ -78,7 +78,7 @@ def test_products_are_repeated_as_they_were_and_nothing_else():
 @pytest.mark.parametrize(
     ("script", "module", "flags"),
     [
-        ("vae", vae, ("--gradient", "plain")), ("vae_best", vae, ("--gradient", "plain")),
+        ("vae", vae, ("--gradient", "plain")), ("vae_best", vae, ("--gradient", "plain", "--weight-decay", "0")),
         ("gan", gan, ("--dropout", "0")), ("nf", nf, ("--hidden", "8", "--couplings", "1")),
     ],
 )  # fmt: skip

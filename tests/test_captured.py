@@ -121,6 +121,15 @@ def test_adam_is_torchs_and_keeps_its_settings_when_it_is_loaded():
     assert group["betas"] == (0.5, 0.9)
 
 
+def test_only_matrices_decay():
+    """By the rate times the decay, apart from Adam's own step, which is zero here."""
+    matrix, vector = (torch.nn.Parameter(torch.full(shape, 2.0)) for shape in ((2, 2), (2,)))
+    matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
+    training.adam([vector, matrix], 0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 2.0 * (1 - 0.1 * 0.5)))
+    assert torch.equal(vector, torch.full((2,), 2.0))
+
+
 class NoReadingBack(TorchDispatchMode):
     """Fails where a program on a GPU would have to wait for it: numbers, truth values and sizes out of tensors."""
 

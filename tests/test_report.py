@@ -202,8 +202,8 @@ def test_numbers_follow_the_json(checkout):
             "| flow | `code/nf.py` | 33.3 | 1.046 bits/dim | 20.1 |",
             "| real images |  |  |  | 1.5 | 0.900 | 0.800 |  |",
             "A range in brackets is of 3 seeds, and",
-            "z of 20 by 500 importance samples, z of 2 by quadrature, the flow prior (z of 32) by 5,000 (standard error "
-            "over images 0.21). Test ELBO -1.00 (-1.00 to -1.00), -1.00, -1.00 (-1.00 to -1.00); "
+            "z of 20 by 500 importance samples, z of 2 by quadrature, the flow prior (z of 32) by 5,000 (standard "
+            "error over images 0.21). Test ELBO -1.00 (-1.00 to -1.00), -1.00, -1.00 (-1.00 to -1.00); "
             "validation ELBO -99.67 (-100.00 to -99.00), -140.00, -99.00 (-99.00 to -99.00).",
             "1.032 with 8 draws. Affine maps alone for as many minutes: 1.046, 1.032.",
             "The GAN without averaged weights: 20.1, 0.750, 0.625.",

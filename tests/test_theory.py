@@ -37,7 +37,7 @@ def model() -> vae.VAE:
 def small() -> vae.VAE:
     """An untrained z = 2 VAE of few units, whose codes are spread and narrow."""
     torch.manual_seed(0)
-    untrained = vae.VAE(z_dim=2, hidden=8)
+    untrained = vae.VAE(z_dim=2, hidden=8, depth=3)
     with torch.no_grad():
         untrained.encoder[-1].weight[:2].mul_(8)  # of mu
         untrained.encoder[-1].bias[2:].fill_(-4)  # of logvar
