@@ -62,11 +62,11 @@ def adam(
     For that its learning rate must be a number on the device. It stays one when the state of a run elsewhere is loaded.
     weight_decay: a step also takes its share times the learning rate off the matrices (Loshchilov & Hutter 2019).
     """
-    matrices, others = [], []
-    for parameter in parameters:
-        (matrices if parameter.ndim > 1 else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True, **settings)
+    groups: Any = list(parameters)
+    if weight_decay:
+        matrices, others = ([each for each in groups if (each.ndim > 1) == matrix] for matrix in (True, False))
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True, **settings)
     _match_device(optimizer)
     optimizer.register_load_state_dict_post_hook(_match_device)
     return optimizer

@@ -414,8 +414,8 @@ def flags() -> cli.Parser:
     cli.add_flags(parser, epochs=40, batch_size=320, lr=3e-3, betas=(0.9, 0.999))
     count = cli.positive_int
     parser.add_argument("--z-dim", type=count, default=20, metavar="N", help="latents; 2 draws a manifold")
-    parser.add_argument("--hidden", type=count, default=384, metavar="N", help="units of every hidden layer")
-    parser.add_argument("--depth", type=count, default=4, metavar="N", help="hidden layers of encoder and of decoder")
+    parser.add_argument("--hidden", type=count, default=320, metavar="N", help="units of every hidden layer")
+    parser.add_argument("--depth", type=count, default=6, metavar="N", help="hidden layers of encoder and of decoder")
     parser.add_argument("--prior", choices=("normal", "flow"), default="normal", help="the latents' distribution")
     parser.add_argument("--couplings", type=count, default=8, metavar="N", help="of the flow prior")
     parser.add_argument("--prior-hidden", type=count, default=128, metavar="N", help="units of its hidden layers")

@@ -131,7 +131,7 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
     cases = {"vae": short(bench.vae_case), "vae_best": best, "gan": short(bench.gan_case), "nf": small}
     monkeypatch.setattr(bench, "CASES", cases)
     monkeypatch.setattr(bench, "races", lambda *_: {"vae": "raced"})
-    monkeypatch.setattr(bench, "GROWTH", {"width": {"vae": (384, 1152)}, "images": {"vae": (640, 30_720)}})
+    monkeypatch.setattr(bench, "GROWTH", {"width": {"vae": (320, 960)}, "images": {"vae": (640, 30_720)}})
     monkeypatch.setattr(bench, "GROWN_OVER", {"vae": 640})
     monkeypatch.setattr(bench, "GROWTH_ROUNDS", 1)
     monkeypatch.setattr(bench, "CEILING_PRODUCTS", 2)
@@ -156,7 +156,7 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
         assert images > 0.8 * (30_720 - 640) * mnist.PIXELS
         assert 5 < points["images"][0]["memory_mib"] < 200  # without the libraries' hundreds
         narrow, wide = (
-            sum(each.numel() for each in built(vae, *flags).parameters()) for flags in ((), ("--hidden", 1152))
+            sum(each.numel() for each in built(vae, *flags).parameters()) for flags in ((), ("--hidden", 960))
         )
         assert weights > 0.8 * 4 * 4 * (wide - narrow)  # themselves, their gradients, and Adam's two moments
 
@@ -172,7 +172,7 @@ def test_a_point_of_the_growth_has_its_settings(tiny, monkeypatch, tmp_path):
     for changed in ({"threads": 3}, {"width": 8}, {"batch_size": 64}, {"images": 960}):
         bench.grown("vae", tmp_path, **bench.settings("vae", **changed))
     own = torch.get_num_threads()
-    assert threads == [3, own, own, own] and widths[::2] == widths[1::2] == [384, 8, 384, 384]
+    assert threads == [3, own, own, own] and widths[::2] == widths[1::2] == [320, 8, 320, 320]
     assert sorted(set(batches)) == [(960, 320), (7680, 64), (7680, 320)]
     assert batches.count((960, 320)) == 3 + 3 and batches.count((7680, 64)) == 3 + 120
     assert "width" not in bench.settings("gan")
@@ -195,11 +195,11 @@ def test_growth_keeps_the_fastest_and_measures_a_setting_once(monkeypatch, tmp_p
             return types.SimpleNamespace(result=lambda: point)
 
     monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(bench, "GROWTH", {"width": {"vae": (8, 384)}, "batch_size": {"vae": (320,), "nf": (24,)}})
+    monkeypatch.setattr(bench, "GROWTH", {"width": {"vae": (8, 320)}, "batch_size": {"vae": (320,), "nf": (24,)}})
     rows = bench.growth(tmp_path)
     different = [each for n, each in enumerate(calls) if each not in calls[:n]]
     assert len(calls) == bench.GROWTH_ROUNDS * len(different) == bench.GROWTH_ROUNDS * 3
-    assert rows["width"]["vae"]["384"] == rows["batch_size"]["vae"]["320"]
+    assert rows["width"]["vae"]["320"] == rows["batch_size"]["vae"]["320"]
     last = {str(each): 100 - n for n, each in enumerate(calls, start=1)}
     assert rows["width"]["vae"]["8"]["seconds"] == last[str(("vae", bench.settings("vae", width=8)))]
     assert rows["batch_size"]["nf"]["24"]["seconds"] == last[str(("nf", bench.settings("nf", batch_size=24)))]
