@@ -139,7 +139,7 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
     assert bench.main(["--rounds", "1", "--data-dir", str(data_dir), "--out", str(tmp_path), "--device", "cpu"]) == 0
     content = json.loads((tmp_path / "figures" / "bench.json").read_text())
     rows = content["models"]
-    assert [row["batch_size"] for row in rows.values()] == [320, 320, 256, 8] and rows.keys() == cases.keys()
+    assert [row["batch_size"] for row in rows.values()] == [320, 500, 256, 8] and rows.keys() == cases.keys()
     assert "times_normal_prior" in rows["vae_best"] and content["races"] == {"vae": "raced"}
     assert all(value > 0 for row in rows.values() for value in row.values())
     printed = capsys.readouterr().out
