@@ -40,7 +40,7 @@ from experiment import seconds
 
 CEILING_SIDE, CEILING_PRODUCTS = 1024, 40
 GROWTH = {  # what grows -> script -> values; but for the images, the script's own setting is among them
-    "width": {"vae": (80, 160, 320, 640, 1280), "nf": (8, 16, 32, 64)},
+    "width": {"vae": (100, 200, 400, 800, 1600), "nf": (8, 16, 32, 64)},
     "batch_size": {"vae": (80, 160, 320, 640, 1280), "gan": (64, 128, 256, 512, 1024), "nf": (12, 24, 48, 96, 192)},
     "images": {"vae": (5120, 20_480, 81_920), "gan": (4096, 16_384, 65_536), "nf": (480, 1920, 7680)},
     "threads": {"vae": (1, 2), "gan": (1, 2), "nf": (1, 2)},
