@@ -76,13 +76,14 @@ judge: $(VENV)/filled  ## judge 10,000 samples of each model (trains the judge o
 	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz figures/gan_samples.npz figures/nf_samples.npz
 	$(PY) report/collect.py
 
-cuda: $(VENV)/filled  ## the four runs and the bench on a GPU (figures/*_cuda.json)
+cuda: $(VENV)/filled  ## the runs and the bench on a GPU (figures/*_cuda.json)
 	$(PY) code/vae.py --device cuda --out out/cuda
 	$(PY) code/vae.py --z-dim 2 --device cuda --out out/cuda
+	$(PY) code/vae.py --best --device cuda --out out/cuda
 	$(PY) code/gan.py --device cuda --out out/cuda
 	$(PY) code/nf.py --device cuda --out out/cuda
 	$(PY) code/bench.py --device cuda
-	for run in vae_z20 vae_z2 gan nf; do cp out/cuda/figures/$$run.json figures/$${run}_cuda.json || exit; done
+	for run in vae_z20 vae_z2 vae_best gan nf; do cp out/cuda/figures/$$run.json figures/$${run}_cuda.json || exit; done
 	$(PY) report/collect.py
 
 seeds: $(VENV)/filled  ## train the VAEs with two more seeds: the spread (figures/vae_*_seed*.json)

@@ -72,7 +72,7 @@ def vae_case(images: Tensor, *flags: str) -> Case:
     textbook = vae_textbook(plain, torch.optim.Adam(plain.parameters(), lr=args.lr, betas=args.betas))
 
     def step(index: Tensor) -> Tensor:
-        return vae.training_step(model, optimizer, images, index, args.gradient == "stopped")
+        return vae.training_step(model, optimizer, images, index, args.gradient == "stopped", args.clip)
 
     return Case(args, images, model, optimizer, step, textbook, 40)
 

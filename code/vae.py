@@ -223,42 +223,51 @@ def draw_batch(images: Tensor, index: Tensor, z_dim: int) -> tuple[Tensor, Tenso
     return x, torch.randn(len(index), z_dim, device=images.device)
 
 
-def training_step(model: VAE, optimizer: Optimizer, images: Tensor, index: Tensor, stopped: bool) -> Tensor:
-    """One step of Adam down eq:loss on images[index], (batch,) of images (n, 784) uint8: minus the mean ELBO, detached.
+def training_step(
+    model: VAE, optimizer: Optimizer, images: Tensor, index: Tensor, stopped: bool, clip: float
+) -> tuple[Tensor, ...]:
+    """One step of Adam down eq:loss on images[index], (batch,) of images (n, 784) uint8.
 
-    stopped: the gradient is the one that `log_weight` tells of. Nothing here waits for the device.
+    stopped: the gradient is the one that `log_weight` tells of. Returns minus the mean ELBO and the gradient's norm
+    before it is clipped, (), detached. Nothing here waits for the device.
     """
     x, eps = draw_batch(images, index, model.z_dim)
     bound = log_weight(model, x, *model.encode(x), eps, stopped) if stopped else elbo(model, x, eps)
     loss = -bound.mean()
     optimizer.zero_grad()
     loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-    return loss.detach()
+    return loss.detach(), norm
 
 
 def train(run: Run, model: VAE, data: mnist.Data) -> None:
-    """Maximise the ELBO for the run's epochs, recording it on fixed pixels and fixed eps after each."""
+    """Maximise the ELBO for the run's epochs, recording it on fixed pixels and fixed eps after each.
+
+    `gradient_norm` is the greatest of an epoch's steps, before clipping.
+    """
     args = run.args
     images = data.train_images.flatten(1)
     steps = mnist.steps_per_epoch(len(images), args.batch_size)
     optimizer = training.adam(model.parameters(), args.lr, args.weight_decay, betas=args.betas)
     run.start(model=model, optimizer=optimizer)
-    stopped = args.gradient == "stopped"
-    take_step = training.CapturedStep(lambda i: training_step(model, optimizer, images, i, stopped), run.device)
-    losses = torch.zeros(steps, device=run.device)
+    how = args.gradient == "stopped", args.clip
+    take_step = training.CapturedStep(lambda i: training_step(model, optimizer, images, i, *how), run.device)
+    losses, norms = torch.zeros(2, steps, device=run.device)
     train_set = evaluation_set(images[:EVALUATION_IMAGES], "training", model.z_dim)
     validation_set = evaluation_set(data.validation_images, "validation", model.z_dim)
     for epoch in range(run.first_epoch, args.epochs + 1):
+        figures = {}
         if epoch > 0:
             for step, index in run.steps(epoch, mnist.batches(len(images), args.batch_size, run.device), steps):
                 training.set_lr(optimizer, args.lr * training.warmup_cosine(step, args.epochs * steps, args.warmup))
-                losses[step % steps] = take_step(index)
-            training.check_finite(epoch, loss=losses)
+                losses[step % steps], norms[step % steps] = take_step(index)
+            training.check_finite(epoch, gradient_norm=norms, loss=losses)
+            figures["gradient_norm"] = float(norms.max())
         if model.z_dim == 2 or epoch in run.panels(0, 0.25, 0.5, 0.75, 1):
             run.frames[epoch] = panel(model).cpu()
         train_elbo, val_elbo = (float(per_image_elbo(model, *each).mean()) for each in (train_set, validation_set))
-        run.record(epoch, train_elbo=train_elbo, val_elbo=val_elbo)
+        run.record(epoch, train_elbo=train_elbo, val_elbo=val_elbo, **figures)
 
 
 # Evaluation
@@ -428,6 +437,9 @@ def flags() -> cli.Parser:
     parser.add_argument("--gradient", choices=("stopped", "plain"), default="stopped", help=how)
     parser.add_argument(
         "--weight-decay", type=cli.fraction, default=0.0, metavar="X", help="of matrices, times the rate"
+    )
+    parser.add_argument(
+        "--clip", type=cli.positive_float, default=500.0, metavar="X", help="greatest norm of a gradient"
     )
     parser.add_argument("--warmup", type=cli.fraction, default=0.05, metavar="X", help="share of steps until the peak")
     parser.add_argument("--importance-samples", type=count, default=500, metavar="K", help="per image")

@@ -165,14 +165,14 @@ def test_a_point_of_the_growth_has_its_settings(tiny, monkeypatch, tmp_path):
     threads, batches, widths = [], [], []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(
-        vae, "training_step", lambda model, _, images, index, stopped: batches.append((len(images), len(index)))
+        vae, "training_step", lambda model, _, images, index, *how: batches.append((len(images), len(index)))
     )
     build = vae.build
     monkeypatch.setattr(vae, "build", lambda config: widths.append(config["hidden"]) or build(config))
     for changed in ({"threads": 3}, {"width": 8}, {"batch_size": 64}, {"images": 960}):
         bench.grown("vae", tmp_path, **bench.settings("vae", **changed))
     own = torch.get_num_threads()
-    assert threads == [3, own, own, own] and widths[::2] == widths[1::2] == [320, 8, 320, 320]
+    assert threads == [3, own, own, own] and widths[::2] == widths[1::2] == [400, 8, 400, 400]
     assert sorted(set(batches)) == [(960, 320), (7680, 64), (7680, 320)]
     assert batches.count((960, 320)) == 3 + 3 and batches.count((7680, 64)) == 3 + 120
     assert "width" not in bench.settings("gan")
@@ -195,11 +195,11 @@ def test_growth_keeps_the_fastest_and_measures_a_setting_once(monkeypatch, tmp_p
             return types.SimpleNamespace(result=lambda: point)
 
     monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(bench, "GROWTH", {"width": {"vae": (8, 320)}, "batch_size": {"vae": (320,), "nf": (24,)}})
+    monkeypatch.setattr(bench, "GROWTH", {"width": {"vae": (8, 400)}, "batch_size": {"vae": (320,), "nf": (24,)}})
     rows = bench.growth(tmp_path)
     different = [each for n, each in enumerate(calls) if each not in calls[:n]]
     assert len(calls) == bench.GROWTH_ROUNDS * len(different) == bench.GROWTH_ROUNDS * 3
-    assert rows["width"]["vae"]["320"] == rows["batch_size"]["vae"]["320"]
+    assert rows["width"]["vae"]["400"] == rows["batch_size"]["vae"]["320"]
     last = {str(each): 100 - n for n, each in enumerate(calls, start=1)}
     assert rows["width"]["vae"]["8"]["seconds"] == last[str(("vae", bench.settings("vae", width=8)))]
     assert rows["batch_size"]["nf"]["24"]["seconds"] == last[str(("nf", bench.settings("nf", batch_size=24)))]

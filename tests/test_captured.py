@@ -39,7 +39,7 @@ def captured_step(script: str, device: torch.device) -> tuple[list[torch.Tensor]
         return list(model.state_dict().values()), lambda index, number: step(index, 0.5 - number / 100)
     optimizer = training.adam(model.parameters(), 1e-3)
     plain = {
-        "vae": lambda index: vae.training_step(model, optimizer, flat, index, True),
+        "vae": lambda index: vae.training_step(model, optimizer, flat, index, True, 500.0),
         "nf": lambda index: nf.training_step(model, optimizer, images, index, 100.0),
     }
     step = training.CapturedStep(plain[script], device)

@@ -184,6 +184,26 @@ def test_reparameterized_samples_have_the_right_moments():
         assert abs(squares.mean() - logvar[d].exp()) < 4 * standard_error(squares)
 
 
+def test_no_variance_explodes(model):
+    """A stray output of the encoder costs nats, not hundreds of thousands of them; below 1 it is the log-variance."""
+    outputs = torch.tensor([-30.0, -1e-3, 0.0, 1e-3, 13.0, 1000.0], dtype=torch.float64)
+    model.encoder = torch.nn.Identity()
+    mu, logvar = model.encode(torch.stack((outputs, outputs), dim=-1))
+    assert torch.equal(mu, outputs[:, None])
+    variances = torch.cat((outputs[:3].exp(), 1 + outputs[3:]))
+    torch.testing.assert_close(logvar[:, 0].exp(), variances, rtol=1e-12, atol=0)
+    assert vae.kl_to_standard_normal(torch.zeros(1, 1), torch.log(torch.tensor([[14.0]]))) < 6
+
+
+def test_the_gradient_is_clipped(model):
+    optimizer = torch.optim.SGD(model.float().parameters(), lr=1.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    images = torch.randint(256, (4, mnist.PIXELS), dtype=torch.uint8)
+    _, norm = vae.training_step(model, optimizer, images, torch.arange(4), stopped=True, clip=1e-3)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters())]).norm()
+    assert norm > 1e-2 and moved.item() == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_gradient_of_the_elbo_matches_finite_differences(model, x):
     eps = torch.randn(len(x), 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     for weight in (model.encoder[0].weight, model.encoder[-1].bias, model.decoder[0].weight, model.decoder[-1].bias):
