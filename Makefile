@@ -71,9 +71,10 @@ judge: $(VENV)/filled  ## judge 10,000 samples of each model (trains the judge o
 	test -f weights/judge.pt || $(PY) code/judge.py --train
 	$(PY) code/vae.py --sample 10000
 	$(PY) code/vae.py --z-dim 2 --sample 10000
+	$(PY) code/vae.py --best --sample 10000
 	$(PY) code/gan.py --sample 10000
 	$(PY) code/nf.py --sample 10000
-	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz figures/gan_samples.npz figures/nf_samples.npz
+	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz figures/vae_best_samples.npz figures/gan_samples.npz figures/nf_samples.npz
 	$(PY) report/collect.py
 
 cuda: $(VENV)/filled  ## the runs and the bench on a GPU (figures/*_cuda.json)
@@ -87,13 +88,11 @@ cuda: $(VENV)/filled  ## the runs and the bench on a GPU (figures/*_cuda.json)
 	$(PY) report/collect.py
 
 seeds: $(VENV)/filled  ## train the VAEs with two more seeds: the spread (figures/vae_*_seed*.json)
-	for seed in 1 2; do \
-	  $(PY) code/vae.py --seed $$seed --out out/seed$$seed && \
-	  $(PY) code/vae.py --z-dim 2 --seed $$seed --out out/seed$$seed && \
-	  $(PY) code/vae.py --best --seed $$seed --out out/seed$$seed && \
-	  for run in vae_z20 vae_z2 vae_best; do \
-	    cp out/seed$$seed/figures/$$run.json figures/$${run}_seed$$seed.json || exit; \
-	  done || exit; \
+	set -e; for seed in 1 2; do \
+	  $(PY) code/vae.py --seed $$seed --out out/seed$$seed; \
+	  $(PY) code/vae.py --z-dim 2 --seed $$seed --out out/seed$$seed; \
+	  $(PY) code/vae.py --best --seed $$seed --out out/seed$$seed; \
+	  for run in vae_z20 vae_z2 vae_best; do cp out/seed$$seed/figures/$$run.json figures/$${run}_seed$$seed.json; done; \
 	done
 	$(PY) report/collect.py
 

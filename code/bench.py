@@ -1,13 +1,14 @@
 """How near the machine's limit training runs, how far from a textbook loop, and how its cost grows.
 
-    python code/bench.py        # twenty minutes; writes figures/bench.json and bench_growth, prints its table
+    python code/bench.py        # forty minutes; writes figures/bench.json and bench_growth, prints its table
 
 All parts are timed in alternating rounds, so that drift in the machine's speed affects them alike; figures are medians:
 (1) the ceiling, float32 multiplication of two 1024 x 1024 matrices; (2) a model's training step, the very function that
 its script calls, its floating-point operations counted by PyTorch's own counter, and its products alone; (3) the same
 model and batch size in a textbook loop (a torchvision dataset with ToTensor, a DataLoader, default Adam, .item() at
-each step). Then, on a CPU, time and memory against width, batch size, number of images and threads, each point in a
-process of its own, whose memory is thus its own.
+each step). Then, on a CPU, races of a textbook's VAE and flow against the scripts', until validation passes some marks;
+and time and memory against width, batch size, number of images and threads, each point in a process of its own, whose
+memory is thus its own.
 """
 
 import functools
@@ -157,12 +158,12 @@ def nf_textbook(model: nn.Module, adam: torch.optim.Adam, clip: float) -> Callab
     return step
 
 
-def vae_best_case(images: Tensor, *flags: str) -> Case:
-    """vae.py --best on images (n, 28, 28) uint8."""
-    return vae_case(images, "--best", *flags)
-
-
-CASES = {"vae": vae_case, "vae_best": vae_best_case, "gan": gan_case, "nf": nf_case}
+CASES = {
+    "vae": vae_case,
+    "vae_best": lambda images, *flags: vae_case(images, "--best", *flags),
+    "gan": gan_case,
+    "nf": nf_case,
+}
 
 
 class _Products(TorchDispatchMode):
@@ -263,6 +264,18 @@ def measure(case: Case, rounds: int, data_dir: Path) -> dict:
 # A race: what a user would write instead
 
 
+class TextbookVAE(vae.VAE):
+    """A tutorial's: 784-400-20 and its mirror, with ReLU; the encoder's second output is the log-variance itself."""
+
+    def __init__(self):
+        super().__init__(20, 400, depth=1)
+        self.encoder[1] = self.decoder[1] = nn.ReLU()
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (batch, 784) to mu and logvar, (batch, 20) each."""
+        return self.encoder(x).chunk(2, dim=-1)
+
+
 class TextbookFlow(nn.Module):
     """The assignment's flow: eight affine couplings by fully connected networks on a checkerboard, 27.7M weights."""
 
@@ -290,37 +303,43 @@ class TextbookFlow(nn.Module):
 
 
 def race(runners: dict[str, tuple[Callable[[], object], Callable[[], float]]], marks: Sequence[float]) -> dict:
-    """Trains in turns, a little at a time, until all have passed the marks or trained for RACE_SECONDS.
+    """Trains in turns, a little at a time, until all have passed the marks, diverged, or trained for RACE_SECONDS.
 
     runners: name -> (train a little, measure on validation: higher is better). Returns name -> seconds of training in
-    all, what was reached by then, and the seconds until each mark that was passed; measuring is not counted.
+    all, what was reached by then (None: not finite), and the seconds until each mark (None: not passed); measuring is
+    not counted.
     """
-    rows: dict = {name: {"seconds": 0.0, "reached": None, "passed": {}} for name in runners}
+    rows: dict = {name: {"seconds": 0.0, "reached": None, "passed": dict.fromkeys(map(str, marks))} for name in runners}
     running = dict(runners)
     while running:
         for name, (train, validate) in list(running.items()):
             row = rows[name]
             row["seconds"] += seconds(train, torch.device("cpu"))
-            row["reached"] = validate()
+            reached = validate()
+            row["reached"] = reached if math.isfinite(reached) else None
             for mark in marks:
-                if row["reached"] >= mark:
-                    row["passed"].setdefault(str(mark), row["seconds"])
-            if len(row["passed"]) == len(marks) or row["seconds"] > RACE_SECONDS:
+                if reached >= mark and row["passed"][str(mark)] is None:
+                    row["passed"][str(mark)] = row["seconds"]
+            if None not in row["passed"].values() or row["seconds"] > RACE_SECONDS or row["reached"] is None:
                 del running[name]
-            print(name, f"{row['seconds']:.0f} s: {row['reached']:.3f}", flush=True)
+            print(name, f"{row['seconds']:.0f} s: {reached:.3f}", flush=True)
     return rows
 
 
 def in_parts(case: Case, parts: int) -> Callable[[], None]:
-    """Trains as the script does, the learning rate included: an epoch divided by `parts` at each call."""
+    """Trains as the script does, the learning rate included: an epoch divided by `parts` at each call.
+
+    After the script's epochs it goes on at the last learning rate.
+    """
     args, images = case.args, len(case.images)
     steps = mnist.steps_per_epoch(images, args.batch_size)
-    epochs = (mnist.batches(images, args.batch_size) for _ in range(args.epochs))
-    numbered = enumerate(itertools.chain.from_iterable(epochs))
+    epochs = (mnist.batches(images, args.batch_size) for _ in itertools.count())
+    numbered, last = enumerate(itertools.chain.from_iterable(epochs)), args.epochs * steps - 1
 
     def train() -> None:
         for step, index in itertools.islice(numbered, -(-steps // parts)):
-            training.set_lr(case.optimizer, args.lr * training.warmup_cosine(step, args.epochs * steps, args.warmup))
+            factor = training.warmup_cosine(min(step, last), args.epochs * steps, args.warmup)
+            training.set_lr(case.optimizer, args.lr * factor)
             case.step(index)
 
     return train
@@ -329,26 +348,20 @@ def in_parts(case: Case, parts: int) -> Callable[[], None]:
 def from_loader(step: Callable[[Tensor], None], data_dir: Path, parts: int) -> Callable[[], None]:
     """Trains by a textbook's step on batches of 128 from a DataLoader: an epoch divided by `parts` at each call."""
     loader = loader_of(data_dir, 128, mnist.TRAIN)
-    batches = itertools.chain.from_iterable(loader for _ in itertools.count())
-
-    def train() -> None:
-        for pixels, _ in itertools.islice(batches, -(-len(loader) // parts)):
-            step(pixels)
-
-    return train
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    return lambda: [step(pixels) for pixels, _ in itertools.islice(batches, -(-len(loader) // parts))]
 
 
 def races(data: mnist.Data, data_dir: Path) -> dict:
     """For VAE and flow: the textbook's model and training, and the script's, until MARKS."""
-    plain = vae.VAE(20, 400, depth=1)
-    plain.encoder = nn.Sequential(nn.Linear(mnist.PIXELS, 400), nn.ReLU(), nn.Linear(400, 2 * 20))
-    plain.decoder = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, mnist.PIXELS))
+    torch.manual_seed(0)
+    plain = TextbookVAE()
     step = vae_textbook(plain, torch.optim.Adam(plain.parameters(), lr=1e-3))
     case = vae_case(data.train_images)
     pixels = vae.evaluation_set(data.validation_images, "validation", 20)
     vaes = {
-        "textbook": (from_loader(step, data_dir, 1), lambda: float(vae.per_image_elbo(plain, *pixels).mean())),
-        "script": (in_parts(case, 1), lambda: float(vae.per_image_elbo(case.model, *pixels).mean())),
+        "textbook": (from_loader(step, data_dir, 4), lambda: float(vae.per_image_elbo(plain, *pixels).mean())),
+        "script": (in_parts(case, 4), lambda: float(vae.per_image_elbo(case.model, *pixels).mean())),
     }
     affine = TextbookFlow()
     affine_step = nf_textbook(affine, torch.optim.Adam(affine.parameters(), lr=1e-3), 100.0)
@@ -495,7 +508,7 @@ def main(argv: list[str] | None = None) -> None:
     for script, case in CASES.items():
         rows[script] = measure(case(data.images if script == "gan" else data.train_images), args.rounds, args.data_dir)
         if script == "vae_best":
-            cases = {prior: vae_best_case(data.train_images, "--prior", prior) for prior in ("flow", "normal")}
+            cases = {prior: case(data.train_images, "--prior", prior) for prior in ("flow", "normal")}
             times = in_turns({prior: repeated(each, each.step) for prior, each in cases.items()}, args.rounds, device)
             rows[script]["times_normal_prior"] = times["flow"] / times["normal"]
         print(script, *(f"{key} {value:,.2f}" for key, value in rows[script].items()), sep="\n  ", flush=True)

@@ -98,6 +98,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--best", action="store_true", help=f"the record run's settings: {as_flags(best)}")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        """argparse's; --best changes this parser's defaults for good, so `get_default` tells of the record run's."""
         if self.best and "--best" in (sys.argv[1:] if args is None else args):
             self.set_defaults(**self.best)
         return super().parse_known_args(args, namespace)

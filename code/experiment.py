@@ -35,7 +35,7 @@ from tqdm import tqdm
 import cli
 from cli import ROOT, RunError, UserError
 
-KEPT_EVERY = 20  # seconds, of a long evaluation
+WRITTEN_EVERY = 20  # seconds, of a long evaluation
 GENERATORS = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # who holds a device's random state
 
 
@@ -179,15 +179,15 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return None
 
 
-def log_mean_exp(log_weights: Callable[[int], Tensor], draws: int, kept: Path | None = None) -> Tensor:
+def log_mean_exp(log_weights: Callable[[int], Tensor], draws: int, unfinished: Path | None = None) -> Tensor:
     """log 1/K sum_k exp log_weights(k) over k = 0 .. K-1, K = draws, elementwise: (n,) in float64, on the CPU.
 
-    Shows a bar with the mean so far. kept: a file where the sum is written now and then; one that is there, from a
-    process that was stopped, is gone on from.
+    Shows a bar with the mean so far. unfinished: a file where the sum is written now and then; one that is there, from
+    a process that was stopped, is gone on from.
     """
     first, total = 0, torch.tensor(-math.inf)
-    if kept and kept.exists():
-        archive = load_archive(kept, "the importance samples so far in", advice="delete it, and run again")
+    if unfinished and unfinished.exists():
+        archive = load_archive(unfinished, "the importance samples so far in", advice="delete it, and run again")
         if archive["draws"] <= draws:
             first, total = archive["draws"], archive["total"]
     written = time.monotonic()
@@ -195,8 +195,8 @@ def log_mean_exp(log_weights: Callable[[int], Tensor], draws: int, kept: Path | 
     for k in bar:
         total = torch.logaddexp(total, log_weights(k).cpu().double())
         bar.set_postfix_str(f"mean of log p {float(total.mean()) - math.log(k + 1):.3f} nats", refresh=False)
-        if kept and time.monotonic() - written > KEPT_EVERY:
-            write(kept, torch_bytes({"draws": k + 1, "total": total}))
+        if unfinished and time.monotonic() - written > WRITTEN_EVERY:
+            write(unfinished, torch_bytes({"draws": k + 1, "total": total}))
             written = time.monotonic()
     return total - math.log(draws)
 
@@ -328,7 +328,7 @@ class Run:
         result instead. If no epoch was left to train and the JSON is of these very weights, there is nothing to do."""
         if self.args.evaluate:
             print(json_bytes(evaluate()).decode(), end="")
-            self.kept(model).unlink(missing_ok=True)
+            self.unfinished(model).unlink(missing_ok=True)
             return
         weights = weights_bytes(self.name, self.config, model)
         sha256 = hashlib.sha256(weights).hexdigest()
@@ -343,7 +343,7 @@ class Run:
         content |= {"result": result, "weights_sha256": sha256}
         write(self.out / "weights" / f"{self.name}.pt", weights)
         write(self.out / "figures" / f"{self.name}.json", json_bytes(content))
-        self.kept(model).unlink(missing_ok=True)
+        self.unfinished(model).unlink(missing_ok=True)
 
     def load(self, model: nn.Module) -> None:
         """Load this run's weights, and the history of its JSON. Raises UserError if there are none of this config."""
@@ -357,7 +357,7 @@ class Run:
                 return
         raise UserError(f"the weights {path} {wrong}")
 
-    def kept(self, model: nn.Module) -> Path:
+    def unfinished(self, model: nn.Module) -> Path:
         """Where a long evaluation of these very weights keeps what it has so far; `finish` removes it."""
         sha256 = hashlib.sha256(weights_bytes(self.name, {}, model)).hexdigest()
         return self.out / "checkpoints" / f"{self.name}_evaluation_{sha256[:16]}.pt"

@@ -308,17 +308,19 @@ def mean_bpd(model: Flow, v: Tensor) -> float:
     return float(bits_per_dim(per_image_log_prob(model, v)).mean())
 
 
-def importance_weighted_bpd(model: Flow, images: Tensor, label: str, draws: int, kept: Path | None = None) -> Tensor:
+def importance_weighted_bpd(
+    model: Flow, images: Tensor, label: str, draws: int, unfinished: Path | None = None
+) -> Tensor:
     """Bits per dimension from log mean_k p(x + u_k), eq:dequantisation, over `draws` draws of the noise.
 
     Images (n, 28, 28) uint8 to (n,) in float64, on the CPU. It falls with the draws to the bits of the discrete P(x).
-    kept: as in `experiment.log_mean_exp`.
+    unfinished: as in `experiment.log_mean_exp`.
     """
 
     def log_p(k: int) -> Tensor:
         return per_image_log_prob(model, evaluation_set(images, f"{label}, importance sample {k}"))
 
-    return bits_per_dim(log_mean_exp(log_p, draws, kept))
+    return bits_per_dim(log_mean_exp(log_p, draws, unfinished))
 
 
 def evaluate(run: Run, model: Flow, data: mnist.Data) -> dict:
@@ -326,7 +328,9 @@ def evaluate(run: Run, model: Flow, data: mnist.Data) -> dict:
     draws = run.args.importance_samples
     result = {
         "test_bpd": mean_bpd(model, evaluation_set(data.test_images, "test")),
-        "test_bpd_iw": float(importance_weighted_bpd(model, data.test_images, "test", draws, run.kept(model)).mean()),
+        "test_bpd_iw": float(
+            importance_weighted_bpd(model, data.test_images, "test", draws, run.unfinished(model)).mean()
+        ),
         "importance_samples": draws,
         "seconds_per_1000_samples": seconds_per_1000(lambda n: sample(model, n), run.device),
     }

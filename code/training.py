@@ -60,12 +60,13 @@ def adam(
     """Adam (Kingma & Ba 2015) in one pass over the parameters, whose step a CUDA graph can hold.
 
     For that its learning rate must be a number on the device. It stays one when the state of a run elsewhere is loaded.
-    weight_decay: a step also takes its share times the learning rate off the matrices (Loshchilov & Hutter 2019).
+    weight_decay: a step also shrinks matrices, not vectors, by lr * weight_decay of themselves (Loshchilov & Hutter
+    2019).
     """
-    groups: Any = list(parameters)
-    if weight_decay:
-        matrices, others = ([each for each in groups if (each.ndim > 1) == matrix] for matrix in (True, False))
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others}]
+    parameters = list(parameters)
+    matrices = {"params": [each for each in parameters if each.ndim > 1], "weight_decay": weight_decay}
+    vectors = {"params": [each for each in parameters if each.ndim <= 1]}
+    groups = [matrices, vectors] if weight_decay else parameters
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True, **settings)
     _match_device(optimizer)
     optimizer.register_load_state_dict_post_hook(_match_device)

@@ -60,7 +60,7 @@ def mlp(inputs: int, hidden: int, depth: int, outputs: int) -> nn.Sequential:
 
 
 class Coupling(nn.Module):
-    """Scales and shifts z_b by what a network of two hidden layers sees of z_a: (..., moved) by (..., seen)."""
+    """z_b (..., moved), scaled and shifted by what a network with two hidden layers makes of z_a (..., seen)."""
 
     def __init__(self, seen: int, moved: int, hidden: int):
         super().__init__()
@@ -131,8 +131,8 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (batch, 784) to mu and logvar of q(z|x), (batch, z_dim) each.
 
-        The variance is exp(a) of the encoder's output a up to 1, the prior's, and 1 + a beyond it: one image whose a
-        strays to 13 would be worth a loss of 400,000 nats, and with it Adam's memory of every other image.
+        An output a means a variance of exp(a) up to 1, the normal prior's, and 1 + a beyond. With exp alone, one image
+        whose a strays to 13 costs exp(13) / 2 = 221,000 nats, and its gradient rules Adam's next steps (docs/vae.md).
         """
         mu, a = self.encoder(x).chunk(2, dim=-1)
         return mu, a.clamp(max=0) + torch.log1p(a.clamp(min=0))
@@ -197,14 +197,15 @@ def log_weight(model: VAE, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor, s
     return bernoulli_log_prob(x, model.decode(z)) + log_prior - log_q
 
 
-def elbo(model: VAE, x: Tensor, eps: Tensor) -> Tensor:
+def elbo(model: VAE, x: Tensor, eps: Tensor, stopped: bool = False) -> Tensor:
     """The evidence lower bound at one sample of q(z|x), eq:elbo: x (batch, 784), eps (batch, z_dim) to (batch,), nats.
 
-    It is `log_weight`, whose log p(z) - log q(z|x) is replaced by its mean, minus the KL, where that has a closed form.
+    It is `log_weight`, whose log p(z) - log q(z|x) is replaced by its mean, minus the KL, where that has a closed form
+    and the gradient is the plain one.
     """
     mu, logvar = model.encode(x)
-    if model.prior.couplings:
-        return log_weight(model, x, mu, logvar, eps)
+    if stopped or model.prior.couplings:
+        return log_weight(model, x, mu, logvar, eps, stopped)
     logits = model.decode(reparameterize(mu, logvar, eps))
     return bernoulli_log_prob(x, logits) - kl_to_standard_normal(mu, logvar)
 
@@ -226,14 +227,13 @@ def draw_batch(images: Tensor, index: Tensor, z_dim: int) -> tuple[Tensor, Tenso
 def training_step(
     model: VAE, optimizer: Optimizer, images: Tensor, index: Tensor, stopped: bool, clip: float
 ) -> tuple[Tensor, ...]:
-    """One step of Adam down eq:loss on images[index], (batch,) of images (n, 784) uint8.
+    """One step of Adam up the mean `elbo` of images[index], (batch,) of images (n, 784) uint8.
 
-    stopped: the gradient is the one that `log_weight` tells of. Returns minus the mean ELBO and the gradient's norm
-    before it is clipped, (), detached. Nothing here waits for the device.
+    It follows eq:stopped, or, if not `stopped` and under a normal prior, goes down eq:loss. Returns minus that mean and
+    the gradient's norm before it is clipped, (), detached. Nothing here waits for the device.
     """
     x, eps = draw_batch(images, index, model.z_dim)
-    bound = log_weight(model, x, *model.encode(x), eps, stopped) if stopped else elbo(model, x, eps)
-    loss = -bound.mean()
+    loss = -elbo(model, x, eps, stopped).mean()
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -251,8 +251,8 @@ def train(run: Run, model: VAE, data: mnist.Data) -> None:
     steps = mnist.steps_per_epoch(len(images), args.batch_size)
     optimizer = training.adam(model.parameters(), args.lr, args.weight_decay, betas=args.betas)
     run.start(model=model, optimizer=optimizer)
-    how = args.gradient == "stopped", args.clip
-    take_step = training.CapturedStep(lambda i: training_step(model, optimizer, images, i, *how), run.device)
+    stopped, clip = args.gradient == "stopped", args.clip
+    take_step = training.CapturedStep(lambda i: training_step(model, optimizer, images, i, stopped, clip), run.device)
     losses, norms = torch.zeros(2, steps, device=run.device)
     train_set = evaluation_set(images[:EVALUATION_IMAGES], "training", model.z_dim)
     validation_set = evaluation_set(data.validation_images, "validation", model.z_dim)
@@ -288,11 +288,11 @@ def per_image_elbo(model: VAE, x: Tensor, eps: Tensor, batch: int = EVALUATION_B
 
 @torch.inference_mode()
 def importance_sampled_log_px(
-    model: VAE, x: Tensor, draws: int, batch: int = EVALUATION_BATCH, kept: Path | None = None
+    model: VAE, x: Tensor, draws: int, batch: int = EVALUATION_BATCH, unfinished: Path | None = None
 ) -> Tensor:
     """log p(x) of every image by L_K, eq:iwae, with K = `draws` samples of q(z|x): (n,) in nats, float64, on the CPU.
 
-    kept: as in `experiment.log_mean_exp`.
+    unfinished: as in `experiment.log_mean_exp`.
     """
     encoded = [model.encode(part) for part in x.split(batch)]
 
@@ -301,7 +301,7 @@ def importance_sampled_log_px(
         parts = zip(x.split(batch), encoded, eps.split(batch))
         return torch.cat([log_weight(model, part, *q, noise) for part, q, noise in parts])
 
-    return log_mean_exp(log_w, draws, kept)
+    return log_mean_exp(log_w, draws, unfinished)
 
 
 @torch.inference_mode()
@@ -327,7 +327,7 @@ def evaluate(run: Run, model: VAE, data: mnist.Data) -> dict:
     """The `result` of a trained model, on the test set; the judge's verdict is on decoder means."""
     draws = run.args.importance_samples
     x, eps = evaluation_set(data.test_images, "test", model.z_dim)
-    log_px = importance_sampled_log_px(model, x, draws, kept=run.kept(model))
+    log_px = importance_sampled_log_px(model, x, draws, unfinished=run.unfinished(model))
     result = {
         "test_elbo": float(per_image_elbo(model, x, eps).mean()),
         "test_nll": float(-log_px.mean()),
@@ -433,10 +433,14 @@ def flags() -> cli.Parser:
     parser.add_argument("--prior", choices=("normal", "flow"), default="normal", help="the latents' distribution")
     parser.add_argument("--couplings", type=count, default=8, metavar="N", help="of the flow prior")
     parser.add_argument("--prior-hidden", type=count, default=128, metavar="N", help="units of its hidden layers")
-    how = "of log q: through its sample alone, or also through its parameters"
-    parser.add_argument("--gradient", choices=("stopped", "plain"), default="stopped", help=how)
+    what = "stopped: of log q's sample, and not of its parameters"
+    parser.add_argument("--gradient", choices=("stopped", "plain"), default="stopped", help=what)
     parser.add_argument(
-        "--weight-decay", type=cli.fraction, default=0.0, metavar="X", help="of matrices, times the rate"
+        "--weight-decay",
+        type=cli.fraction,
+        default=0.0,
+        metavar="X",
+        help="share of a matrix that a step takes off, over the learning rate",
     )
     parser.add_argument(
         "--clip", type=cli.positive_float, default=500.0, metavar="X", help="greatest norm of a gradient"
@@ -453,8 +457,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.prior == "flow" and args.z_dim == 1:
         raise cli.UserError("--prior flow moves one half of z by the other: --z-dim must be 2 or more")
-    name = "vae_best" if args.best else f"vae_z{args.z_dim}"
-    run = Run(name, parser, args, report=({}, {"z_dim": 2}), evaluation=("importance_samples",))
+    name, report = ("vae_best", ({},)) if args.best else (f"vae_z{args.z_dim}", ({}, {"z_dim": 2}))
+    run = Run(name, parser, args, report=report, evaluation=("importance_samples",))
     torch.manual_seed(args.seed)
     model = build(run.config).to(run.device)
     if args.evaluate or args.sample:

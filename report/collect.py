@@ -58,8 +58,10 @@ def main(argv: list[str] | None = None) -> None:
 def collect(root: Path) -> dict[Path, str]:
     """The generated files of a checkout with their contents. Raises UserError naming a key that a JSON lacks."""
     results = read(root / "figures") | {"trials": read(root / "figures" / "trials")}
-    for run in [run for run, content in results.items() if "history" in content]:
-        results[run]["seeds"] = over_seeds([each for name, each in results.items() if is_of(run, name)])
+    for run, content in results.items():
+        if "history" in content:
+            same = [each for name, each in results.items() if re.fullmatch(rf"{run}(_seed\d+)?", name)]
+            content["seeds"] = over_seeds(same)
     tables = {
         "README.md": {
             "results": results_table, "healthy": healthy_table, "game": game_table, "flow": flow_table,
@@ -94,11 +96,6 @@ def read(folder: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def is_of(run: str, name: str) -> bool:
-    """Whether a JSON's name is that of the run, with any seed."""
-    return re.fullmatch(rf"{run}(_seed\d+)?", name) is not None
-
-
 def over_seeds(contents: list[dict]) -> dict:
     """Mean, least and greatest of every number of the result, and of the last validation, over a run's seeds."""
     results = [
@@ -107,8 +104,8 @@ def over_seeds(contents: list[dict]) -> dict:
     ]
     numbers = [key for key, value in results[0].items() if isinstance(value, int | float)]
     columns = {key: [result[key] for result in results] for key in numbers}
-    spread = {key: {"mean": statistics.mean(c), "min": min(c), "max": max(c)} for key, c in columns.items()}
-    return spread | {"count": len(contents)}
+    of_key = {key: {"mean": statistics.mean(c), "min": min(c), "max": max(c)} for key, c in columns.items()}
+    return of_key | {"count": len(contents)}
 
 
 def spread(content: dict, key: str, decimals: int) -> str:
@@ -228,11 +225,10 @@ def results_table(results: dict[str, dict]) -> str:
 
 def likelihood(content: dict) -> str:
     """A model's likelihood on the test set, in its own unit."""
-    if "test_bpd" in content["result"]:
-        return f"{spread(content, 'test_bpd', 3)} bits/dim"
-    if "test_nll" in content["result"]:
-        key = "test_nll_quadrature" if "test_nll_quadrature" in content["result"] else "test_nll"
-        return f"{spread(content, key, 2)} nats"
+    units = {"test_bpd": (3, "bits/dim"), "test_nll_quadrature": (2, "nats"), "test_nll": (2, "nats")}
+    for key, (decimals, unit) in units.items():
+        if key in content["result"]:
+            return f"{spread(content, key, decimals)} {unit}"
     return "has none"
 
 
@@ -242,21 +238,21 @@ def remarks(results: dict[str, dict]) -> list[str]:
     flow, affine, unaveraged = (
         results["nf"]["result"], results["nf_affine"]["result"], results["gan"]["result"]["unaveraged"]
     )  # fmt: skip
-    later = (seconds_until(z20["history"], "val_elbo", lambda x, mark=mark: x > mark) for mark in LATER)
-    when = " and ".join(f"{seconds:.0f} s ({mark})" for seconds, mark in zip(later, LATER))
-    passed = {
-        "vae_z20": seconds_until(results["vae_z20"]["history"], "val_elbo", lambda x: x > ORIGINAL["vae_z20"]),
-        "vae_z2": seconds_until(results["vae_z2"]["history"], "val_elbo", lambda x: x > ORIGINAL["vae_z2"]),
-        "nf": seconds_until(results["nf"]["history"], "val_bpd", lambda x: x < ORIGINAL["nf"]),
-    }
-    first = ", ".join(f"{seconds:.0f} s ({ORIGINAL[run]})" for run, seconds in passed.items())
+    first = (
+        passed(z20, "val_elbo", ORIGINAL["vae_z20"]),
+        passed(z2, "val_elbo", ORIGINAL["vae_z2"]),
+        passed(results["nf"], "val_bpd", ORIGINAL["nf"]),
+    )
+    later = (passed(z20, "val_elbo", mark) for mark in LATER)
+    counts = sorted({results[run]["seeds"]["count"] for run in NAMES} - {1})
     return [
-        f"A range in brackets is of {z20['seeds']['count']} seeds, and what precedes it their mean; "
-        "times are seed 0's.",
+        f"A range in brackets is of {' or '.join(map(str, counts))} seeds, and what precedes it their mean. Rows "
+        "without one, and all times, are of seed 0.",
         "Nats: -log p(x) of a test image, its pixels binarised *dynamically*; z of 20 by "
         f"{z20['result']['importance_samples']:,} importance samples, z of 2 by quadrature, the flow prior (z of "
-        f"{best['config']['z_dim']}) by {best['result']['importance_samples']:,} (standard error over images "
-        f"{best['result']['test_nll_se']:.2f}). Test ELBO {spread(z20, 'test_elbo', 2)}, {spread(z2, 'test_elbo', 2)}, "
+        f"{best['config']['z_dim']}) by {best['result']['importance_samples']:,} (standard errors over images, "
+        f"of z of 20 and the flow prior: {z20['result']['test_nll_se']:.2f}, {best['result']['test_nll_se']:.2f}). "
+        f"Test ELBO {spread(z20, 'test_elbo', 2)}, {spread(z2, 'test_elbo', 2)}, "
         f"{spread(best, 'test_elbo', 2)}; validation ELBO {spread(z20, 'val_elbo', 2)}, {spread(z2, 'val_elbo', 2)}, "
         f"{spread(best, 'val_elbo', 2)}.",
         f"Bits per dimension of the 8-bit grey values, one draw of the noise; {flow['test_bpd_iw']:.3f} with "
@@ -266,10 +262,17 @@ def remarks(results: dict[str, dict]) -> list[str]:
         "images, by `code/judge.py`, and can be compared only with values from the same judge. Real images: the first "
         f"10,000 training images. The GAN without averaged weights: {unaveraged['fid']:.1f}, "
         f"{unaveraged['precision']:.3f}, {unaveraged['recall']:.3f}.",
-        f"The validation values of the assignment's first solution were passed after {first}, and z of 20 went on to "
-        f"pass {when}; its VAEs used *static* binarisation, fixed once for each image, which is not quite comparable.",
+        f"Validation values of the assignment's first solution: z of 20 {first[0]}, z of 2 {first[1]}, the flow "
+        f"{first[2]}; later, z of 20 {' and '.join(later)}. That solution's VAEs used *static* binarisation, fixed "
+        "once for each image, which is not quite comparable.",
         measured_on(results[run]["environment"] for run in NAMES),
     ]
+
+
+def passed(content: dict, key: str, mark: float) -> str:
+    """When a run's validation passed a mark: bits from above, nats of an ELBO from below."""
+    seconds = seconds_until(content["history"], key, lambda value: value < mark if "bpd" in key else value > mark)
+    return f"passed {mark} after {seconds:.0f} s" if seconds < math.inf else f"did not pass {mark}"
 
 
 def theory_sentence(results: dict[str, dict]) -> str:
@@ -291,7 +294,7 @@ def gpu_table(results: dict[str, dict]) -> str:
         rows.append((f"`{run}`", *map(measured_seconds, totals[-1]), reached))
         environments += [there["environment"]] if there else []
     sums = (sum(each) if all(each) else None for each in zip(*totals))
-    rows.append(("all five", *map(measured_seconds, sums), "-"))
+    rows.append(("all", *map(measured_seconds, sums), "-"))
     table = markdown(("run", "training on the CPU", "on the GPU", "reached on the GPU"), rows)
     return f"{table}\n\n{measured_on(environments)}" if environments else table
 
@@ -413,15 +416,26 @@ def races_table(results: dict[str, dict]) -> str:
     rows = []
     for name, runners in results["bench"]["races"].items():
         textbook, script = runners["textbook"], runners["script"]
-        for mark, ours in script["passed"].items():
-            unit = f"{mark} nats" if float(mark) < -10 else f"{-float(mark)} bits"
-            if seconds := textbook["passed"].get(mark):
-                theirs, times = f"{seconds:.0f} s", f"{seconds / ours:.1f}"
-            else:
-                theirs, times = f"not in {textbook['seconds']:.0f} s (then {abs(textbook['reached']):.2f})", "-"
-            rows.append((f"`{name}`", unit, theirs, f"{ours:.0f} s", times))
+        for mark in script["passed"]:
+            theirs, ours = textbook["passed"][mark], script["passed"][mark]
+            rows.append(
+                (
+                    f"`{name}`",
+                    f"{mark} nats" if name == "vae" else f"{-float(mark)} bits",
+                    *(raced(runner, mark) for runner in (textbook, script)),
+                    f"{theirs / ours:.1f}" if theirs and ours else "-",
+                )
+            )
     table = markdown(("model", "validation passes", "textbook", "script", "ratio"), rows)
     return f"{table}\n\n{measured_on([results['bench']['environment']])}"
+
+
+def raced(runner: dict, mark: str) -> str:
+    """After how many seconds a runner passed the mark, or what it had reached when it left the race."""
+    if seconds := runner["passed"][mark]:
+        return f"{seconds:.0f} s"
+    reached = "diverged" if runner["reached"] is None else f"then {abs(runner['reached']):.2f}"
+    return f"not in {runner['seconds']:.0f} s ({reached})"
 
 
 def growth_table(results: dict[str, dict]) -> str:

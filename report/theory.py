@@ -79,7 +79,7 @@ def q1_1_autoencoder(data: mnist.Data, judged_by: judge.Judge, out: Path) -> dic
     answer, rows = {"epochs": AUTOENCODER_EPOCHS}, []
     for name, variational in (("autoencoder", False), ("vae", True)):
         torch.manual_seed(0)
-        model = vae.VAE(z_dim=2, hidden=320, depth=6)
+        model = vae.build(cli.settings(vae.flags().parse_args(["--z-dim", "2"])))
         optimizer = training.adam(model.parameters(), 1e-3)
         for _ in range(AUTOENCODER_EPOCHS):
             for index in mnist.batches(len(images), 320):

@@ -92,24 +92,26 @@ def test_a_trial_does_not_touch_the_reports_folders(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "reports"),
     [(flags, True) for flags in ("", "--z-dim 2", "--betas 0.9 0.999 --device cpu", "--best")]
-    + [(flags, False) for flags in ("--z-dim 3", "--z-dim 2 --lr 1", "--seed 1", "--best --seed 1", "--prior flow")],
+    + [(flags, False) for flags in ("--z-dim 3", "--z-dim 2 --lr 1", "--seed 1", "--best --z-dim 2", "--prior flow")],
 )
-def test_only_the_reports_settings_write_to_its_folders(tmp_path, flags, reports):
-    parser = vae.flags()
-    run = experiment.Run("vae", parser, parser.parse_args(flags.split()), report=({}, {"z_dim": 2}))
-    assert run.out == tmp_path / "repository" / ("" if reports else "out")
+def test_only_the_reports_settings_write_to_its_folders(tmp_path, monkeypatch, flags, reports):
+    made = []
+
+    def make_and_stop(*args, **settings):
+        made.append(experiment.Run(*args, **settings))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vae, "Run", make_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        vae.main(flags.split())
+    assert made[0].out == tmp_path / "repository" / ("" if reports else "out")
 
 
 @pytest.mark.parametrize("flags", ["--best --hidden 9", "--hidden 9 --best"])
 def test_best_sets_other_defaults(flags):
     args = vae.flags().parse_args(flags.split())
-    assert {**vars(args), "hidden": 512} == {
-        **vars(vae.flags().parse_args([])),
-        "best": True,
-        **vae.BEST,
-        "hidden": 512,
-    }
-    assert args.hidden == 9 and args.prior == "flow" and "best" not in cli.settings(args)
+    assert vars(args) == {**vars(vae.flags().parse_args([])), **vae.BEST, "best": True, "hidden": 9}
+    assert "best" not in cli.settings(args)
 
 
 def test_peak_memory_is_this_processs_own():
@@ -140,7 +142,7 @@ def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_log_mean_exp_goes_on_from_what_it_kept(tmp_path, monkeypatch):
     terms = 5 * torch.randn(9, 4, dtype=torch.float64)
     kept, asked = tmp_path / "kept.pt", []
-    monkeypatch.setattr(experiment, "KEPT_EVERY", 0)
+    monkeypatch.setattr(experiment, "WRITTEN_EVERY", 0)
 
     def term(k: int) -> Tensor:
         asked.append(k)
@@ -158,26 +160,30 @@ def test_log_mean_exp_goes_on_from_what_it_kept(tmp_path, monkeypatch):
     torch.testing.assert_close(shorter, torch.logsumexp(terms[:3], 0) - math.log(3), rtol=1e-12, atol=0)
 
 
-def test_a_killed_evaluation_goes_on(tiny, out, monkeypatch, capsys):
-    """With --evaluate and after training, to the same result, and nothing is left of it."""
-    monkeypatch.setattr(experiment, "KEPT_EVERY", 0)
-    log_weight, calls = vae.log_weight, []
+@pytest.mark.parametrize("mode", ["--evaluate", "--resume"])
+def test_a_killed_evaluation_goes_on(tiny, out, tmp_path, monkeypatch, capsys, mode):
+    """With --evaluate, and with --resume after a training that had come to its end: to the same result."""
+    monkeypatch.setattr(experiment, "WRITTEN_EVERY", 0)
+    log_weight, draws = vae.log_weight, []
 
     def counted(*args: object) -> Tensor:
-        calls.append(1)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
+        if torch.is_inference_mode_enabled():
+            draws.append(1)
+            if len(draws) == 7:
+                raise KeyboardInterrupt
         return log_weight(*args)
 
     monkeypatch.setattr(vae, "log_weight", counted)
-    flags = [*SMALL["vae"], "--out", str(out), "--importance-samples", "9"]
+    folder = out if mode == "--evaluate" else tmp_path / "new"
+    flags = [*SMALL["vae"], "--out", str(folder), "--importance-samples", "9"]
     with pytest.raises(KeyboardInterrupt):
-        vae.main([*flags, "--evaluate"])
-    assert len(list((out / "checkpoints").iterdir())) == 2
-    assert vae.main([*flags, "--evaluate"]) == 0 and len(calls) == 7 + 3
-    assert len(list((out / "checkpoints").iterdir())) == 1
-    first = json.loads(capsys.readouterr().out)
-    assert vae.main([*flags, "--evaluate"]) == 0 and len(calls) == 10 + 9
+        vae.main([*flags, "--evaluate"] if mode == "--evaluate" else flags)
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+    assert vae.main([*flags, mode]) == 0 and len(draws) == 7 + 3
+    assert len(list((folder / "checkpoints").iterdir())) == 1
+    printed = capsys.readouterr().out
+    first = json.loads(printed) if mode == "--evaluate" else result_of(folder, "vae_z20")["result"]
+    assert vae.main([*flags, "--evaluate"]) == 0 and len(draws) == 10 + 9
     assert json.loads(capsys.readouterr().out)["test_nll"] == first["test_nll"]
 
 
