@@ -125,7 +125,7 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
     """And its growth: more images take more time and memory, wider layers more memory."""
 
     def short(make, *flags: str):
-        return lambda images: dataclasses.replace(make(images, *flags), steps=2)
+        return lambda images, *more: dataclasses.replace(make(images, *flags, *more), steps=2)
 
     small = short(bench.nf_case, "--hidden", "8", "--batch-size", "8")
     cases = {name: short(case) for name, case in bench.CASES.items()} | {"nf": small}

@@ -70,7 +70,7 @@ def test_q1_1_an_autoencoder_reconstructs_and_does_not_generate(answers):
     assert answer["autoencoder_reconstruction"] < answer["vae_reconstruction"]
     assert answer["autoencoder_fid"] > answer["vae_fid"]
     assert answer["autoencoder_code_deviation"] > 2 * answer["vae_code_deviation"]
-    assert answer["autoencoder_rarest"] < answer["vae_rarest"]
+    assert answer["autoencoder_commonest"] > answer["vae_commonest"]
 
 
 def test_q1_1_reconstruction_is_the_cross_entropy_at_the_mean_code(small, data):
