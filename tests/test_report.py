@@ -128,7 +128,7 @@ def checkout(tmp_path):
     history = [{"epoch": e, "val_elbo": bound, "seconds": 3.0} for e, bound in enumerate(bounds)]
     verdict = {"fid": 20.06, "precision": 0.75, "recall": 0.625, "class_counts": [8, 12]}
     costs = {"train_seconds": 2000.4, "seconds_per_1000_samples": 0.0204}
-    result = {"test_elbo": -1, "test_nll": 2, "test_nll_se": 0.5, "importance_samples": 500, **verdict, **costs}
+    result = {"test_elbo": -1, "test_nll": 2.0, "test_nll_se": 0.5, "importance_samples": 500, **verdict, **costs}
     run = {"config": {"z_dim": 20, "seed": 0}, "environment": ENVIRONMENT, "history": history, "result": result}
     write_json(tmp_path, "vae_z20", run)
     other = [{**row, "val_elbo": row["val_elbo"] - 1} for row in history]
