@@ -132,8 +132,8 @@ class VAE(nn.Module):
         """Pixels (batch, 784) to mu and logvar of q(z|x), (batch, z_dim) each.
 
         An output a means a variance of exp(a) from exp(-12) to 1, the normal prior's, and 1 + a beyond. With exp alone,
-        one image whose a strays to 13 costs exp(13) / 2 = 221,000 nats; and the stopped gradient's noise, which grows as
-        1/sigma where q is narrower than the posterior, drives a on downwards until it is not finite (docs/vae.md).
+        one image whose a strays to 13 costs exp(13) / 2 = 221,000 nats; and where q is narrower than the posterior, the
+        stopped gradient's noise, which grows as 1/sigma, drives a further down, until it is not finite (docs/vae.md).
         """
         mu, a = self.encoder(x).chunk(2, dim=-1)
         return mu, a.clamp(-12, 0) + torch.log1p(a.clamp(min=0))
