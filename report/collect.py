@@ -75,7 +75,7 @@ def collect(root: Path) -> dict[Path, str]:
             "results": results_table, "healthy": healthy_table, "game": game_table, "flow": flow_table,
         },
         "docs/evidence.md": {"theory": theory_sentence},
-        "docs/gan.md": {"chosen": chosen_table},
+        "docs/gan.md": {"fresh": fresh_table, "nearest": nearest_table, "chosen": chosen_table},
         "docs/speed.md": {
             "ceiling": ceiling_table, "races": races_table, "growth": growth_table, "gpu": gpu_table,
         },
@@ -346,6 +346,25 @@ def game_table(results: dict[str, dict]) -> str:
     ranges = (f"{min(row[key] for row in late):.3f} to {max(row[key] for row in late):.3f}" for key in keys)
     rows.append((f"the last {len(late)}", *ranges))
     return markdown(("GAN, epoch", "loss of D", "loss of G", "D on real images", "D on generated"), rows)
+
+
+def fresh_table(results: dict[str, dict]) -> str:
+    """docs/gan.md's table of the new discriminator's losses, and what the last of them bounds."""
+    fresh = results["gan"]["result"].get("fresh_discriminator")
+    if fresh is None:  # of a run that is older than this measurement
+        return "Not measured in this run."
+    head = ["epochs of the new D", *map(str, range(len(fresh["loss"])))]
+    table = markdown(head, [["loss on unseen images", *(f"{loss:.3f}" for loss in fresh["loss"])]])
+    return f"{table}\n\nSo the divergence is at least {fresh['jsd_at_least']:.3f} nats, of log 2 = 0.693 at most."
+
+
+def nearest_table(results: dict[str, dict]) -> str:
+    """docs/gan.md's table of distances to the nearest training image, in grey values."""
+    nearest = results["gan"]["result"].get("nearest")
+    if nearest is None:  # of a run that is older than this measurement
+        return "Not measured in this run."
+    rows = [(name.replace("_", " "), f"{of['mean']:.0f}", f"{of['median']:.0f}") for name, of in nearest.items()]
+    return markdown(("distance to the nearest training image", "mean", "median"), rows)
 
 
 def flow_table(results: dict[str, dict]) -> str:
