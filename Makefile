@@ -47,7 +47,7 @@ affine: $(VENV)/filled  ## train the flow with affine maps alone, for as many mi
 	cp out/affine/figures/nf.json figures/nf_affine.json
 	$(PY) report/collect.py
 
-# What is changed in a trial of the GAN, as flags; the long ones are of D's strength, against the assignment's own game.
+# What is changed in a trial of the GAN, as flags, from the assignment's dropout; the long ones make D stronger.
 trial_as_it_is :=
 trial_other_seed := --seed 1
 trial_beta1_half := --betas 0.5 0.999
@@ -60,16 +60,19 @@ trial_batch_half := --batch-size 128
 trial_assignment :=
 trial_dropout_tenth := --dropout 0.1
 trial_dropout_none := --dropout 0
+trial_d_twice := --d-steps 2 --batch-size 128
+trial_shift := --dropout 0.1 --shift 2
+trial_shift_only := --dropout 0 --shift 2
 TRIALS := as_it_is other_seed beta1_half betas_default beta2_lower not_averaged lr_double lr_half batch_half
-LONG_TRIALS := assignment dropout_tenth dropout_none
+LONG_TRIALS := assignment dropout_tenth dropout_none d_twice shift shift_only
 
-trials: $(TRIALS:%=trial-%) $(LONG_TRIALS:%=trial-%)  ## train the GAN for 10 or 20 epochs with other settings (figures/trials/gan_*.json)
+trials: $(TRIALS:%=trial-%) $(LONG_TRIALS:%=trial-%)  ## train the GAN for 10 or 20 epochs, other settings (figures/trials)
 	$(PY) report/collect.py
 
 $(TRIALS:%=trial-%): EPOCHS := 10
 $(LONG_TRIALS:%=trial-%): EPOCHS := 20
 trial-%: $(VENV)/filled
-	$(PY) code/gan.py --epochs $(EPOCHS) $(trial_$*) --fresh-epochs 0 --out out/trials/$*
+	$(PY) code/gan.py --epochs $(EPOCHS) --dropout 0.3 $(trial_$*) --fresh-epochs 0 --out out/trials/$*
 	mkdir -p figures/trials
 	cp out/trials/$*/figures/gan.json figures/trials/gan_$*.json
 
