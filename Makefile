@@ -47,7 +47,7 @@ affine: $(VENV)/filled  ## train the flow with affine maps alone, for as many mi
 	cp out/affine/figures/nf.json figures/nf_affine.json
 	$(PY) report/collect.py
 
-# What is changed in a trial of the GAN, as flags.
+# What is changed in a trial of the GAN, as flags, from the assignment's dropout; the long ones make D stronger.
 trial_as_it_is :=
 trial_other_seed := --seed 1
 trial_beta1_half := --betas 0.5 0.999
@@ -57,13 +57,22 @@ trial_not_averaged := --decay 0
 trial_lr_double := --lr 1e-3
 trial_lr_half := --lr 2.5e-4
 trial_batch_half := --batch-size 128
+trial_assignment :=
+trial_dropout_tenth := --dropout 0.1
+trial_dropout_none := --dropout 0
+trial_d_twice := --d-steps 2 --batch-size 128
+trial_shift := --dropout 0.1 --shift 2
+trial_shift_only := --dropout 0 --shift 2
 TRIALS := as_it_is other_seed beta1_half betas_default beta2_lower not_averaged lr_double lr_half batch_half
+LONG_TRIALS := assignment dropout_tenth dropout_none d_twice shift shift_only
 
-trials: $(TRIALS:%=trial-%)  ## train the GAN for ten epochs with other settings (figures/trials/gan_*.json)
+trials: $(TRIALS:%=trial-%) $(LONG_TRIALS:%=trial-%)  ## train the GAN for 10 or 20 epochs, other settings (figures/trials)
 	$(PY) report/collect.py
 
+$(TRIALS:%=trial-%): EPOCHS := 10
+$(LONG_TRIALS:%=trial-%): EPOCHS := 20
 trial-%: $(VENV)/filled
-	$(PY) code/gan.py --epochs 10 $(trial_$*) --out out/trials/$*
+	$(PY) code/gan.py --epochs $(EPOCHS) --dropout 0.3 $(trial_$*) --fresh-epochs 0 --out out/trials/$*
 	mkdir -p figures/trials
 	cp out/trials/$*/figures/gan.json figures/trials/gan_$*.json
 
@@ -74,6 +83,7 @@ judge: $(VENV)/filled  ## judge 10,000 samples of each model (trains the judge o
 	$(PY) code/vae.py --best --sample 10000
 	$(PY) code/gan.py --sample 10000
 	$(PY) code/nf.py --sample 10000
+	$(PY) code/judge.py --floor
 	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz figures/vae_best_samples.npz figures/gan_samples.npz figures/nf_samples.npz
 	$(PY) report/collect.py
 

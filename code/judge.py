@@ -3,17 +3,21 @@
 A small convolutional classifier, trained once on the 60,000 training images and frozen from then on
 (weights/judge.pt). Its 128 penultimate features are the space in which sets of images are compared: by the Frechet
 distance (Heusel et al. 2017) and by precision and recall (Kynkaanniemi et al. 2019). Its answers count the classes.
-The distances mean nothing beside those of another judge, so the floor is printed with them: what real training images
-get in place of samples.
+The distances mean nothing beside those of another judge, and they fall with the number of samples, so the floor is
+printed with them: mean and range of what as many random training images get in place of samples.
 
     python code/judge.py figures/vae_z20_samples.npz    # a row for each file of samples
     python code/judge.py --train                        # the judge itself, where its weights are missing
+    python code/judge.py --floor                        # the floor in figures/judge.json, of the judge that is there
 """
 
 import hashlib
+import json
+import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +32,11 @@ from cli import ROOT, UserError
 
 DATASET = "mnist"  # what the judge is trained on
 SETTINGS = {"epochs": 7, "batch_size": 128, "lr": 2e-3, "seed": 0, "shift": 1}  # of its training
+MEASURES = ("fid", "precision", "recall")
 NEIGHBOURS = 3  # of which the farthest sets an image's radius
 JUDGED = 10_000  # samples of a model
+DRAWS = 5  # of real images, for the floor
+SURE = 0.85  # of its confidence in real images the judge has in all digits, if only the worst models' (0.87 and more)
 FEWEST = 1000  # samples that a file may hold: fewer say little
 BLOCK = 100  # images at once, in evaluation: small enough to stay in the cache
 
@@ -125,27 +132,46 @@ def squared_radii(features: Tensor) -> Tensor:
     return torch.cat([squared_distances(part, features).topk(count, largest=False).values[:, -1] for part in parts])
 
 
-def covered(features: Tensor, by: Tensor) -> float:
-    """Share of the rows of `features` that lie within the radius of at least one row of `by`."""
-    reach = squared_radii(by)
+def covered(features: Tensor, by: Tensor, reach: Tensor) -> float:
+    """Share of the rows of `features` that lie within the radius of at least one row of `by`.
+
+    features: (n, d); by: (m, d); reach: (m,), the radii's squares.
+    """
     inside = [(squared_distances(part, by) <= reach).any(1) for part in features.split(BLOCK)]
     return float(torch.cat(inside).double().mean())
 
 
-def verdict(model: Judge, images: Tensor, reference: Tensor) -> dict:
-    """fid, precision, recall and class_counts of images (n, 28, 28) uint8 against those of `reference`.
+class Described(NamedTuple):
+    """What the judge makes of n images: features (n, 128), their squared radii (n,), the classes' logits (n, 10)."""
 
-    Precision is the share of images near a real one, recall the share of real ones near an image, nearness being within
-    the distance of a NEIGHBOURS-th nearest neighbour.
-    """
+    features: Tensor
+    reach: Tensor
+    logits: Tensor
+
+
+def described(model: Judge, images: Tensor) -> Described:
+    """Images (n, 28, 28) uint8 as the judge sees them; a reference is described once for all that is compared to it."""
     features, logits = features_and_logits(model, images)
-    real, _ = features_and_logits(model, reference)
+    return Described(features, squared_radii(features), logits)
+
+
+def compared(samples: Described, real: Described) -> dict:
+    """fid, precision, recall and class_counts of samples against real images.
+
+    Precision is the share of samples near a real image, recall the share of real ones near a sample, nearness being
+    within the distance of a NEIGHBOURS-th nearest neighbour.
+    """
     return {
-        "fid": frechet_distance(features, real),
-        "precision": covered(features, by=real),
-        "recall": covered(real, by=features),
-        "class_counts": logits.argmax(1).bincount(minlength=10).tolist(),
+        "fid": frechet_distance(samples.features, real.features),
+        "precision": covered(samples.features, real.features, real.reach),
+        "recall": covered(real.features, samples.features, samples.reach),
+        "class_counts": samples.logits.argmax(1).bincount(minlength=10).tolist(),
     }
+
+
+def verdict(model: Judge, images: Tensor, reference: Tensor) -> dict:
+    """What `compared` says of images (n, 28, 28) uint8 against those of `reference`."""
+    return compared(described(model, images), described(model, reference))
 
 
 def load(device: torch.device, root: Path = ROOT) -> Judge:
@@ -198,18 +224,73 @@ def read_samples(path: Path) -> Tensor:
     return torch.from_numpy(images)
 
 
+def confidence(seen: Described) -> float:
+    """The judge's mean confidence in its answers."""
+    return float(seen.logits.softmax(1).amax(1).mean())
+
+
 HEAD = "  Frechet  precision  recall  " + " ".join(f"{digit:5d}" for digit in range(10))
 
 
 def row(name: str, result: dict) -> str:
     """A line of the table, below HEAD."""
-    counts = " ".join(f"{count:5d}" for count in result["class_counts"])
+    counts = " ".join(f"{count:5.0f}" for count in result["class_counts"])
     return f"{result['fid']:9.2f}  {result['precision']:9.3f}  {result['recall']:6.3f}  {counts}  {name}"
 
 
-def floor(model: Judge, data: mnist.Data, reference: Tensor) -> dict:
-    """The verdict on 10,000 real training images: what perfect samples would get."""
-    return verdict(model, data.train_images[:JUDGED], reference)
+def real_draws(model: Judge, data: mnist.Data, n: int) -> list[Described]:
+    """DRAWS random draws of n of the training images, or of all if there are fewer; the same ones in every call.
+
+    The files' first images are no random draw: their writers come in order.
+    """
+    images, generator = data.train_images, training.fixed_generator("floor")
+    draws = [torch.randperm(len(images), generator=generator)[:n].to(images.device) for _ in range(DRAWS)]
+    return [described(model, images[index]) for index in draws]
+
+
+def floor(draws: list[Described], real: Described) -> dict:
+    """What real images get in place of samples: mean of each measure over `draws`, and the draws' own.
+
+    Every verdict depends on the number of samples, so it is the floor of as many samples as a draw has.
+    """
+    verdicts = [compared(draw, real) for draw in draws]
+    means = {key: statistics.mean(each[key] for each in verdicts) for key in MEASURES}
+    counts = zip(*(each["class_counts"] for each in verdicts))
+    return {**means, "class_counts": [statistics.mean(each) for each in counts], "draws": verdicts}
+
+
+def floors(model: Judge, data: mnist.Data) -> dict:
+    """The floors of as many samples as a model is judged by, against test and validation images."""
+    draws = real_draws(model, data, JUDGED)
+    return {
+        "floor": floor(draws, described(model, data.test_images)),
+        "floor_validation": floor(draws, described(model, data.validation_images)),
+    }
+
+
+def floor_rows(n: int, floor: dict) -> str:
+    """Three lines of the table: mean, least and greatest of each measure over the draws of n real images."""
+    name = f"{len(floor['draws'])} draws of {n:,} training images: the floor"
+    lines = [row(f"(mean of {name})", floor)]
+    for word, choose in (("least", min), ("greatest", max)):
+        fid, precision, recall = (choose(draw[key] for draw in floor["draws"]) for key in MEASURES)
+        lines.append(f"{fid:9.2f}  {precision:9.3f}  {recall:6.3f}  {'':59}  ({word} of each)")
+    return "\n".join(lines)
+
+
+def measure_floors(data: mnist.Data, device: torch.device, out: Path) -> None:
+    """Put the floors of the judge that is there into its figures/judge.json."""
+    path = out / "figures" / "judge.json"
+    model = load(device, out)
+    try:
+        content = json.loads(path.read_bytes())
+        same = content["weights_sha256"] == hashlib.sha256((out / "weights" / "judge.pt").read_bytes()).hexdigest()
+    except (OSError, ValueError, KeyError):
+        same = False
+    if not same:
+        raise UserError(f"{path} is not of the judge in {out / 'weights'}: delete both, and train with --train")
+    content["result"] |= floors(model, data)
+    experiment.write(path, experiment.json_bytes(content))
 
 
 def train_and_save(data: mnist.Data, device: torch.device, out: Path) -> None:
@@ -225,8 +306,7 @@ def train_and_save(data: mnist.Data, device: torch.device, out: Path) -> None:
     weights = experiment.weights_bytes("judge", config, model)
     result = {
         "test_accuracy": float((logits.argmax(1) == data.test_labels.cpu()).double().mean()),
-        "floor": floor(model, data, data.test_images),
-        "floor_validation": floor(model, data, data.validation_images),
+        **floors(model, data),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_seconds": sum(each["seconds"] for each in history),
         "peak_memory_mib": experiment.peak_memory_mib(device),
@@ -244,6 +324,7 @@ def flags() -> cli.Parser:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.npz", help="key images: uint8, N x 28 x 28")
     parser.add_argument("--reference", choices=("test", "validation"), default="test", help="the real images")
     parser.add_argument("--train", action="store_true", help="train the judge, if there is none yet")
+    parser.add_argument("--floor", action="store_true", help="measure again what real images get, for the judge's JSON")
     parser.add_argument("--out", type=Path, default=ROOT, metavar="DIR", help="the judge is DIR/weights/judge.pt")
     cli.add_data_flags(parser)
     return parser
@@ -254,20 +335,32 @@ def main(argv: list[str] | None = None) -> None:
     """Judge files of samples, or train the judge."""
     args = flags().parse_args(argv)
     device = cli.device(args.device)
-    if args.train == bool(args.files):
-        raise UserError("name one or more .npz files of samples, or --train")
-    if args.train:
-        train_and_save(mnist.load("mnist", args.data_dir, device), device, args.out)
+    if args.train + args.floor + bool(args.files) != 1:
+        raise UserError("name one or more .npz files of samples, or --train, or --floor")
+    if not args.files:
+        write = train_and_save if args.train else measure_floors
+        write(mnist.load("mnist", args.data_dir, device), device, args.out)
         return
     model = load(device, args.out)
     samples = [(path, read_samples(path)) for path in args.files]
     data = mnist.load("mnist", args.data_dir, device)
     reference = data.test_images if args.reference == "test" else data.validation_images
+    real = described(model, reference)
     print(f"against {len(reference):,} {args.reference} images; k = {NEIGHBOURS}")
     print(HEAD)
-    print(row(f"({JUDGED:,} training images: the floor)", floor(model, data, reference)), flush=True)
-    for path, images in samples:
-        print(row(f"{path} ({len(images):,})", verdict(model, images, reference)), flush=True)
+    for n in sorted({len(images) for _, images in samples}):
+        print(floor_rows(n, floor(real_draws(model, data, n), real)), flush=True)
+        for path, images in samples:
+            if len(images) == n:
+                seen = described(model, images)
+                print(row(f"{path} ({n:,})", compared(seen, real)), flush=True)
+                if confidence(seen) < SURE * confidence(real):
+                    sure, usual = (f"{100 * confidence(each):.0f}%" for each in (seen, real))
+                    print(
+                        f"{path}: the judge's mean confidence is {sure}, in real images {usual}: are these images of "
+                        "other data, inverted or turned? Then its figures mean nothing",
+                        file=sys.stderr,
+                    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ SMALL = {  # a script -> flags of a small model that is trained within a second,
     script: f"--epochs 2 {flags}".split()
     for script, flags in {
         "vae": "--batch-size 50 --hidden 32 --importance-samples 2",
-        "gan": "--batch-size 60 --settling 1500",
+        "gan": "--batch-size 60 --settling 1500 --fresh-epochs 2",
         "nf": "--batch-size 50 --hidden 5 --levels 2 --couplings 1 --components 2 --importance-samples 2",
     }.items()
 }
@@ -82,6 +82,7 @@ def shrink(patch: pytest.MonkeyPatch) -> mnist.Data:
 
     for module, name, value in ((mnist, "TRAIN", 500), (judge, "JUDGED", 200), (mnist, "load", load)):
         patch.setattr(module, name, value)
+    patch.setattr(importlib.import_module("gan"), "PROBE", 150)
     for script in RUNS:
         patch.setattr(importlib.import_module(script), "seconds_per_1000", seconds_per_10)
     return data
