@@ -24,13 +24,15 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import cli  # before torch is loaded
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-import cli
 import experiment
 import gan
 import mnist
@@ -322,7 +324,7 @@ def race(runners: dict[str, tuple[Callable[[], object], Callable[[], float]]], m
                     row["passed"][str(mark)] = row["seconds"]
             if None not in row["passed"].values() or row["seconds"] > RACE_SECONDS or row["reached"] is None:
                 del running[name]
-            print(name, f"{row['seconds']:.0f} s: {reached:.3f}", flush=True)
+            cli.say(f"{name} {row['seconds']:.0f} s: {reached:.3f}")
     return rows
 
 
@@ -489,10 +491,10 @@ def draw_growth(path: Path, rows: dict) -> None:
 
 def flags() -> cli.Parser:
     """The script's flags."""
-    parser = cli.Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(__doc__)
     cli.add_data_flags(parser)
     parser.add_argument("--rounds", type=cli.positive_int, default=7, metavar="N", help="medians are over these")
-    parser.add_argument("--out", type=Path, default=cli.ROOT, metavar="DIR", help="writes DIR/figures/bench*")
+    parser.add_argument("--out", type=cli.path, default=cli.ROOT, metavar="DIR", help="writes DIR/figures/bench*")
     return parser
 
 
@@ -511,10 +513,10 @@ def main(argv: list[str] | None = None) -> None:
             cases = {prior: case(data.train_images, "--prior", prior) for prior in ("flow", "normal")}
             times = in_turns({prior: repeated(each, each.step) for prior, each in cases.items()}, args.rounds, device)
             rows[script]["times_normal_prior"] = times["flow"] / times["normal"]
-        print(script, *(f"{key} {value:,.2f}" for key, value in rows[script].items()), sep="\n  ", flush=True)
+        cli.tell("\n  ".join((script, *(f"{key} {value:,.2f}" for key, value in rows[script].items()))))
     content = {"environment": experiment.environment(device), "rounds": args.rounds, "models": rows}
     if device.type == "cpu":
-        print("on a GPU: not measured (--device cuda)")
+        cli.tell("on a GPU: not measured (--device cuda)")
         content["races"] = races(data, args.data_dir)
         content["growth"] = growth(args.data_dir)
     experiment.write(folder / f"{name}.json", experiment.json_bytes(content))

@@ -15,13 +15,15 @@ import copy
 import math
 import sys
 
+import cli  # before torch is loaded
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-import cli
 import judge
 import mnist
 import pictures
@@ -306,7 +308,7 @@ def different_pairs(model: GAN, judged_by: judge.Judge | None) -> tuple[Tensor, 
 
 def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
-    parser = cli.Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(__doc__)
     cli.add_flags(parser, epochs=200, batch_size=256, lr=5e-4, betas=(0.0, 0.999))
     count, share = cli.positive_int, cli.fraction
     parser.add_argument("--z-dim", type=count, default=100, metavar="N", help="numbers of noise")
@@ -337,8 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     data = mnist.load(args.dataset, args.data_dir, run.device)
     if not args.evaluate:
         train(run, model, data)
-    draw(run, model, data)
-    run.finish(model, lambda: evaluate(run, model, data))
+    run.finish(model, lambda: evaluate(run, model, data), lambda: draw(run, model, data))
 
 
 if __name__ == "__main__":

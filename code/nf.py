@@ -14,12 +14,14 @@ import math
 import sys
 from pathlib import Path
 
+import cli  # before torch is loaded
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import cli
 import judge
 import mnist
 import pictures
@@ -387,11 +389,11 @@ def different_pairs(data: mnist.Data) -> tuple[Tensor, Tensor]:
 
 def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
-    parser = cli.Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(__doc__)
     cli.add_flags(parser, epochs=40, batch_size=48, lr=3e-3, betas=(0.9, 0.99))
     count, share, size = cli.positive_int, cli.fraction, cli.positive_float
     parser.add_argument("--levels", type=count, choices=range(1, 5), default=4, metavar="N", help="of the checkerboard")
-    parser.add_argument("--couplings", type=count, default=3, metavar="N", help="on each level")
+    parser.add_argument("--couplings", type=cli.layers, default=3, metavar="N", help="on each level")
     parser.add_argument("--hidden", type=count, default=32, metavar="N", help="channels of the conditioners")
     parser.add_argument("--components", type=cli.nonnegative_int, default=4, metavar="J", help="logistics; 0: none")
     parser.add_argument("--shrink", type=share, default=1e-5, metavar="X", help="of pixels: a of eq:logit")
@@ -419,8 +421,7 @@ def main(argv: list[str] | None = None) -> None:
     data = mnist.load(args.dataset, args.data_dir, run.device)
     if not args.evaluate:
         train(run, model, data)
-    draw(run, model, data)
-    run.finish(model, lambda: evaluate(run, model, data))
+    run.finish(model, lambda: evaluate(run, model, data), lambda: draw(run, model, data))
 
 
 if __name__ == "__main__":
