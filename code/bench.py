@@ -347,22 +347,25 @@ def in_parts(case: Case, parts: int) -> Callable[[], None]:
     return train
 
 
-def from_loader(step: Callable[[Tensor], None], data_dir: Path, parts: int) -> Callable[[], None]:
-    """Trains by a textbook's step on batches of 128 from a DataLoader: an epoch divided by `parts` at each call."""
-    loader = loader_of(data_dir, 128, mnist.TRAIN)
+def from_loader(step: Callable[[Tensor], None], data_dir: Path, images: int, parts: int) -> Callable[[], None]:
+    """Trains by a textbook's step on batches of 128 of the first `images` from a DataLoader: an epoch divided by
+    `parts` at each call.
+    """
+    loader = loader_of(data_dir, 128, images)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     return lambda: [step(pixels) for pixels, _ in itertools.islice(batches, -(-len(loader) // parts))]
 
 
 def races(data: mnist.Data, data_dir: Path) -> dict:
     """For VAE and flow: the textbook's model and training, and the script's, until MARKS."""
+    images = len(data.train_images)
     torch.manual_seed(0)
     plain = TextbookVAE()
     step = vae_textbook(plain, torch.optim.Adam(plain.parameters(), lr=1e-3))
     case = vae_case(data.train_images)
     pixels = vae.evaluation_set(data.validation_images, "validation", 20)
     vaes = {
-        "textbook": (from_loader(step, data_dir, 4), lambda: float(vae.per_image_elbo(plain, *pixels).mean())),
+        "textbook": (from_loader(step, data_dir, images, 4), lambda: float(vae.per_image_elbo(plain, *pixels).mean())),
         "script": (in_parts(case, 4), lambda: float(vae.per_image_elbo(case.model, *pixels).mean())),
     }
     affine = TextbookFlow()
@@ -370,7 +373,7 @@ def races(data: mnist.Data, data_dir: Path) -> dict:
     flow = nf_case(data.train_images)
     noisy = nf.evaluation_set(data.validation_images, "validation")
     flows = {
-        "textbook": (from_loader(affine_step, data_dir, 4), lambda: -nf.mean_bpd(affine, noisy)),
+        "textbook": (from_loader(affine_step, data_dir, images, 4), lambda: -nf.mean_bpd(affine, noisy)),
         "script": (in_parts(flow, 4), lambda: -nf.mean_bpd(flow.model, noisy)),
     }
     return {"vae": race(vaes, MARKS["vae"]), "nf": race(flows, MARKS["nf"])}
@@ -492,7 +495,7 @@ def draw_growth(path: Path, rows: dict) -> None:
 def flags() -> cli.Parser:
     """The script's flags."""
     parser = cli.Parser(__doc__)
-    cli.add_data_flags(parser)
+    cli.add_data_flags(parser, dataset_too=False)
     parser.add_argument("--rounds", type=cli.positive_int, default=7, metavar="N", help="medians are over these")
     parser.add_argument("--out", type=cli.path, default=cli.ROOT, metavar="DIR", help="writes DIR/figures/bench*")
     return parser

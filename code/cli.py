@@ -218,16 +218,46 @@ def path(text: str) -> Path:
     raise argparse.ArgumentTypeError(f"must name a file or a folder, not {text!r}")
 
 
+DATASETS = ("mnist", "fashion-mnist")
+
+
+def dataset(text: str) -> str | Path:
+    """For `type=` of --dataset: one of DATASETS, or the absolute path of a file or folder whose name can name a run."""
+    if text in DATASETS:
+        return text
+    there = path(text).absolute()
+    try:
+        if not there.exists():
+            known = ", ".join(DATASETS)
+            raise argparse.ArgumentTypeError(f"must be {known}, or an .npz or a folder that exists, not {text!r}")
+        there = there.resolve() if there.name in ("", "..") else there
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be looked at ({error.strerror})") from None
+    if not re.fullmatch(r"\w([\w .+-]{0,58}\w)?", there.stem):
+        what = "letters, digits, blanks and . + - _ between them, at most 60"
+        raise argparse.ArgumentTypeError(f"{text!r} would name the run's files: rename it, to {what}")
+    return there
+
+
+def dataset_name(dataset: str | Path) -> str:
+    """What a run's config says of its data: no path, and another name than those of DATASETS."""
+    return dataset if isinstance(dataset, str) else dataset.name + "/" * dataset.is_dir()
+
+
 MACHINE = {"best", "device", "data_dir", "out", "resume", "evaluate", "sample"}  # flags that do not shape a result
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """A run's config: every flag but the machine's, in JSON's types."""
-    return {name: value for name, value in vars(args).items() if name not in MACHINE}
+    config = {name: value for name, value in vars(args).items() if name not in MACHINE}
+    return config | {"dataset": dataset_name(args.dataset)}
 
 
-def add_data_flags(parser: argparse.ArgumentParser, device: bool = True) -> None:
-    """--data-dir and, unless told not to, --device."""
+def add_data_flags(parser: argparse.ArgumentParser, device: bool = True, dataset_too: bool = True) -> None:
+    """--data-dir and, unless told not to, --dataset and --device."""
+    if dataset_too:
+        what = f"what to learn: {', '.join(DATASETS)}, an .npz, a folder of IDX files or of pictures (docs/data.md)"
+        parser.add_argument("--dataset", type=dataset, default="mnist", metavar="NAME|PATH", help=what)
     if device:
         names = ("auto", "cpu", "cuda", "mps")
         parser.add_argument("--device", choices=names, default="auto", help="auto: CUDA, then MPS, then the CPU")
@@ -243,7 +273,6 @@ def add_flags(
     parser.add_argument("--lr", type=positive_float, default=lr, metavar="X", help="Adam's (peak) learning rate")
     parser.add_argument("--betas", type=fraction, nargs=2, default=[*betas], metavar="X", help="Adam's decay rates")
     parser.add_argument("--seed", type=nonnegative_int, default=0, metavar="N", help="fixes the run's random numbers")
-    parser.add_argument("--dataset", choices=("mnist", "fashion-mnist"), default="mnist", help="what to learn")
     add_data_flags(parser)
     where = "write to DIR/figures, weights, checkpoints (without it: this repository; out/ if a setting differs)"
     parser.add_argument("--out", type=path, metavar="DIR", help=where)

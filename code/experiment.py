@@ -246,7 +246,7 @@ class Run:
     def __init__(
         self, name: str, parser: cli.Parser, args: Namespace, report: tuple[dict, ...] = ({},), evaluation: tuple = ()
     ):
-        self.name = name if args.dataset == "mnist" else f"{name}_{args.dataset}"
+        self.name = name if args.dataset == "mnist" else f"{name}_{Path(args.dataset).stem}"
         self.args, self.config, self.evaluation = args, cli.settings(args), evaluation
         self.device = cli.device(args.device)
         self.environment = environment(self.device)

@@ -378,10 +378,15 @@ def draw(run: Run, model: Flow, data: mnist.Data) -> None:
 
 
 def different_pairs(data: mnist.Data) -> tuple[Tensor, Tensor]:
-    """The first pairs of neighbouring test images of different classes: (INTERPOLATIONS, 28, 28) uint8 twice."""
-    differ = data.test_labels[0::2] != data.test_labels[1::2]
-    index = 2 * differ.nonzero().squeeze(1)[:INTERPOLATIONS]
-    return data.test_images[index], data.test_images[index + 1]
+    """The first pairs of neighbouring test images of different classes: (INTERPOLATIONS, 28, 28) uint8 twice.
+
+    Others follow where there are too few of them, or no labels; and there may be fewer pairs in all.
+    """
+    pairs = data.test_images[: len(data.test_images) // 2 * 2].unflatten(0, (-1, 2))
+    if data.test_labels is not None:
+        classes = data.test_labels[: 2 * len(pairs)].view(-1, 2)
+        pairs = pairs[torch.argsort((classes[:, 0] == classes[:, 1]).int(), stable=True)]  # the differing come first
+    return pairs[:INTERPOLATIONS, 0], pairs[:INTERPOLATIONS, 1]
 
 
 # Flags

@@ -731,7 +731,7 @@ def flags() -> cli.Parser:
     """The script's flags."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT, metavar="DIR", help="writes DIR/figures/theory*")
-    cli.add_data_flags(parser, device=False)
+    cli.add_data_flags(parser, device=False, dataset_too=False)
     return parser
 
 

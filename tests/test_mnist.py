@@ -32,7 +32,6 @@ def synthetic(monkeypatch) -> dict[str, bytes]:
     arrays = (train, np.arange(60) % 10, test, np.arange(10))
     files = {name: idx(array) for name, array in zip(mnist.FILES, arrays)}
     monkeypatch.setitem(mnist.MD5, "mnist", {name: hashlib.md5(files[name]).hexdigest() for name in files})
-    monkeypatch.setattr(mnist, "TRAIN", 50)
     return files
 
 
