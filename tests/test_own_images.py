@@ -318,7 +318,7 @@ def test_as_a_user_types_it(tmp_path):
     command = [sys.executable, ROOT / "code" / "vae.py", "--dataset", "own.npz", "--out", "here", *SMALL["vae"]]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stderr.splitlines()) == 3, done.stderr
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 4, done.stderr
     assert "judge.py --train --dataset" in done.stderr
     assert "figures/vae_z20_own.json" in contents(tmp_path / "here")
     assert str(tmp_path) not in json.dumps(result_of(tmp_path / "here", "vae_z20_own"))
