@@ -8,16 +8,19 @@ its script calls, its floating-point operations counted by PyTorch's own counter
 model and batch size in a textbook loop (a torchvision dataset with ToTensor, a DataLoader, default Adam, .item() at
 each step). Then, on a CPU, races of a textbook's VAE and flow against the scripts', until validation passes some marks;
 and time and memory against width, batch size, number of images and threads, each point in a process of its own, whose
-memory is thus its own.
+memory is thus its own; and the VAE's speed beside other work (`beside`).
 """
 
 import functools
 import itertools
 import math
 import multiprocessing
+import os
 import random
 import statistics
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -492,6 +495,56 @@ def draw_growth(path: Path, rows: dict) -> None:
     pictures.save_figure(path, fig)
 
 
+# Beside other work
+
+BESIDE_ROUNDS = 5
+BESIDE_SECONDS = 6.0  # of steps, after a third of that to warm up
+SPINS = {"as OpenMP's default": {}, "as the scripts": cli.SPIN}  # environment of a process
+
+
+def steps_for(seconds: float, data_dir: str) -> None:
+    """Prints the images a second of the VAE's training step, over so many seconds."""
+    case = vae_case(mnist.load("mnist", data_dir).train_images)
+    take_steps, reached = repeated(case, case.step), []
+    for limit in (seconds / 3, seconds):
+        begin, steps = time.perf_counter(), 0
+        while time.perf_counter() - begin < limit:
+            take_steps()
+            steps += case.steps
+        reached.append(steps * case.args.batch_size / (time.perf_counter() - begin))
+    cli.tell(str(reached[-1]))
+
+
+def beside(data_dir: Path) -> dict:
+    """The VAE's images a second by what else runs and how threads wait: alone, beside a process that is always busy,
+    and two such trainings at a time (each one's, on average).
+
+    Each round measures everything once, in processes of their own; medians over the rounds.
+    """
+    code = str(Path(__file__).parent)
+    train = [sys.executable, "-c", f"import bench; bench.steps_for({BESIDE_SECONDS}, {str(data_dir)!r})"]
+    busy = [sys.executable, "-c", "while True: pass"]
+    others = {"nothing": [], "a busy process": [busy], "another training": [train]}
+    found: dict = {other: {spin: [] for spin in SPINS} for other in others}
+    unset = {name: value for name, value in os.environ.items() if name not in {*cli.SPIN, "OMP_WAIT_POLICY"}}
+    for _, other, spin in cli.progress([*itertools.product(range(BESIDE_ROUNDS), others, SPINS)], "beside other work"):
+        environment = unset | SPINS[spin] | {"PYTHONPATH": code}
+        started = [
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+            for command in (train, *others[other])
+        ]
+        try:
+            printed = [each.communicate()[0] for each in started if each.args is train]
+        finally:
+            for each in started:
+                each.kill()
+                each.wait()
+        if not all(printed):
+            raise cli.RunError("a training beside other work has failed: see its message above")
+        found[other][spin].append(statistics.mean(map(float, printed)))
+    return {other: {spin: statistics.median(each) for spin, each in spins.items()} for other, spins in found.items()}
+
+
 def flags() -> cli.Parser:
     """The script's flags."""
     parser = cli.Parser(__doc__)
@@ -522,6 +575,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.tell("on a GPU: not measured (--device cuda)")
         content["races"] = races(data, args.data_dir)
         content["growth"] = growth(args.data_dir)
+        content["beside"] = beside(args.data_dir)
     experiment.write(folder / f"{name}.json", experiment.json_bytes(content))
     if "growth" in content:
         draw_growth(folder / "bench_growth", content["growth"])

@@ -17,18 +17,25 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# OpenMP's threads spin while they wait for each other, for milliseconds by default. On a busy machine the one that is
+# waited for may have no core, because the others spin on it. A short spin covers the pauses of a quiet machine.
+SPIN = {"GOMP_SPINCOUNT": "20000"}  # of GNU's OpenMP, which PyTorch has on Linux; others do not read it
+
+
 def _before_torch() -> None:
     """What has to be settled before torch is loaded, so a script imports this module first. Elsewhere nothing happens.
 
-    Ctrl-C ends the imports as it ends any program, without a traceback. A standard stream that is closed stays so, but
-    its number must not go to the next file that is opened, into which a library's warnings would then be written. What
-    an encoding lacks is escaped.
+    SPIN is set, unless the user has said how threads wait. Ctrl-C ends the imports as it ends any program, without a
+    traceback. A standard stream that is closed stays so, but its number must not go to the next file that is opened,
+    into which a library's warnings would then be written. What an encoding lacks is escaped.
     """
     script = getattr(sys.modules["__main__"], "__file__", None)
     if not script or Path(script).resolve().parent != Path(__file__).resolve().parent:
         return
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not os.environ.keys() & {*SPIN, "OMP_WAIT_POLICY"}:
+        os.environ |= SPIN
     for number in range(3):
         try:
             os.fstat(number)
@@ -81,10 +88,13 @@ def exit_status(main: Callable[[list[str] | None], None]) -> Callable[[list[str]
                 main(argv)
         except (UserError, RunError) as error:
             message, status = str(error), 2 if isinstance(error, UserError) else 1
+            if isinstance(error, UserError) and int(os.environ.get("LOCAL_RANK", 0)) and processes() > 1:
+                message = ""  # a mistake is every process's, and the first on a machine tells of it
         except Stopped as stop:
             for signum, _ in previous:
                 signal.signal(signum, signal.SIG_IGN)  # who presses Ctrl-C twice means the same
             message, status = stop.args[1] and f"stopped; {stop.args[1]}", 128 + stop.args[0]
+            message = "" if rank() else message  # all are stopped, and one says so
         except Exception as error:
             if not (isinstance(error, MemoryError) or TOO_LARGE.search(str(error))):
                 raise
@@ -253,6 +263,16 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return config | {"dataset": dataset_name(args.dataset)}
 
 
+def rank() -> int:
+    """The number of this process among those that torchrun started for one training: 0 evaluates, draws and writes."""
+    return int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
+
+
+def processes() -> int:
+    """How many processes train together; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
+
+
 def add_data_flags(parser: argparse.ArgumentParser, device: bool = True, dataset_too: bool = True) -> None:
     """--data-dir and, unless told not to, --dataset and --device."""
     if dataset_too:
@@ -302,6 +322,11 @@ def device(name: str) -> torch.device:
         else:
             name = each
             break
+    if name == "cuda" and processes() > 1:
+        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if wanted > there:
+            raise UserError(f"--device cuda: {there} GPUs here are too few for {wanted} processes")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if name == "cuda":  # TF32 would keep 10 bits of float32's 23, and cuDNN may add up in any order
         for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
             products.fp32_precision = "ieee"
@@ -311,4 +336,5 @@ def device(name: str) -> torch.device:
 
 def progress(iterable: Iterable, description: str, total: int | None = None, initial: int = 0) -> tqdm:
     """A tqdm bar that goes away when done; silent where standard error is no terminal."""
-    return tqdm(iterable, desc=description, total=total, initial=initial, leave=False, disable=None)
+    hidden = True if rank() else None  # None: where standard error is no terminal
+    return tqdm(iterable, desc=description, total=total, initial=initial, leave=False, disable=hidden)

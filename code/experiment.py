@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 import cli
+import training
 from cli import ROOT, RunError, UserError
 
 WRITTEN_EVERY = 20  # seconds, of a long evaluation
@@ -172,7 +173,7 @@ def environment(device: torch.device) -> dict:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "commit": commit,
-    }
+    } | ({"processes": cli.processes()} if cli.processes() > 1 else {})
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
@@ -249,6 +250,12 @@ class Run:
         self.name = name if args.dataset == "mnist" else f"{name}_{Path(args.dataset).stem}"
         self.args, self.config, self.evaluation = args, cli.settings(args), evaluation
         self.device = cli.device(args.device)
+        self.follows = cli.rank() > 0  # another process evaluates, draws and writes
+        if cli.processes() > 1 and (args.evaluate or args.sample):
+            raise UserError("torchrun is for training: use --evaluate and --sample without it")
+        if args.batch_size % cli.processes():
+            raise UserError(f"--batch-size {args.batch_size} is no multiple of the {cli.processes()} processes")
+        training.connect(self.device)
         self.environment = environment(self.device)
         self.history: list[dict] = []
         self.frames: dict[int, Tensor] = {}  # epoch -> images (n, 28, 28) uint8, for pictures through the training
@@ -262,7 +269,8 @@ class Run:
 
     def say(self, message: str) -> None:
         """A line about the run, on standard error."""
-        cli.say(f"{self.name}: {message}")
+        if not self.follows:
+            cli.say(f"{self.name}: {message}")
 
     def figure(self, name: str) -> Path:
         """Where a picture of this run goes: <out>/figures/<run>_<name>."""
@@ -279,14 +287,24 @@ class Run:
     # Training
 
     def start(self, **parts: Any) -> None:
-        """Begin, or with --resume go on. `parts` (models, optimizers) have state_dict() and load_state_dict()."""
+        """Begin, or with --resume go on. `parts` (models, optimizers) have state_dict() and load_state_dict().
+
+        Of several processes, 0 looks for the checkpoint, and all begin with what it has.
+        """
         self._parts = parts
-        self._claim()
-        if self.args.resume:
-            if found := self._files("checkpoints"):
-                self._restore(found[0])
-            else:
-                self.say(f"no checkpoint in {self.out / 'checkpoints'}, so this is a fresh start")
+        if not self.follows:
+            self._claim()
+            if self.args.resume:
+                if found := self._files("checkpoints"):
+                    self._restore(found[0])
+                else:
+                    self.say(f"no checkpoint in {self.out / 'checkpoints'}, so this is a fresh start")
+        if cli.processes() > 1:
+            states = torch_bytes({name: part.state_dict() for name, part in parts.items()})
+            states, self.history = training.from_process_0((states, self.history))
+            states = torch.load(io.BytesIO(states), map_location="cpu", weights_only=True)
+            for name, part in parts.items() if self.follows else ():
+                part.load_state_dict(states[name])
         self.first_epoch = len(self.history)
         self._row_begin = time.perf_counter()
 
@@ -321,11 +339,15 @@ class Run:
     def steps(self, epoch: int, batches: Iterable[Tensor], total: int) -> Iterable[tuple[int, Tensor]]:
         """The epoch's `total` batches with the training step's number, from 0 over the whole run; shows a bar.
 
-        At epoch 0, before training, the numbers run from -total to -1.
+        At epoch 0, before training, the numbers run from -total to -1. Of several processes each gets its share of
+        every batch, and after the last all have the same buffers.
         """
         last = "".join(f"  {key} {value:.4g}" for row in self.history[-1:] for key, value in row.items())
         description = f"{self.name} epoch {epoch}/{self.args.epochs}{last and '  last:'}{last}"
-        return enumerate(cli.progress(batches, description, total), start=(epoch - 1) * total)
+        training.own_noise(self.args.seed, epoch)
+        for step, index in enumerate(cli.progress(batches, description, total), start=(epoch - 1) * total):
+            yield step, training.share(index)
+        training.same_buffers(self._parts.values())
 
     def record(self, epoch: int, **figures: float) -> None:
         """End an epoch: its row of the history with these figures and its wall time; the checkpoint; a line.
@@ -377,8 +399,11 @@ class Run:
         """Draw the pictures, then write the weights and, last, the JSON; with --evaluate print the result instead.
 
         If no epoch was left to train and the JSON is of these very weights, only the pictures are drawn. Raises
-        RunError if they cannot be, after everything else: a picture must not cost a run.
+        RunError if they cannot be, after everything else: a picture must not cost a run. Of several processes, 0 does
+        all this.
         """
+        if self.follows:
+            return
         undrawn = ""
         try:
             draw()

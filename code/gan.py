@@ -188,6 +188,8 @@ def train(run: Run, model: GAN, data: mnist.Data) -> None:
         update_bn(settling, model.average)  # averaged weights have no statistics of their own
         named = dict(zip(("loss_d", "loss_g", "d_real", "d_fake"), figures.T))
         training.check_finite(epoch, **named)
+        if run.follows:
+            continue
         run.frames[epoch] = panel(model).cpu()
         run.record(epoch, **{name: float(values.cpu().double().mean()) for name, values in named.items()})
 
@@ -326,8 +328,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --evaluate or --sample use what was trained."""
     parser = flags()
     args = parser.parse_args(argv)
-    if 1 in (args.batch_size, args.settling):
-        raise UserError("--batch-size 1 or --settling 1: batch norm needs at least 2 images to a batch")
+    if args.batch_size < 2 * cli.processes() or args.settling == 1:
+        raise UserError("--batch-size or --settling: batch norm needs at least 2 images to a (process's) batch")
     run = Run("gan", parser, args)
     torch.manual_seed(args.seed)
     model = build(run.config).to(run.device).eval()

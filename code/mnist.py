@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import cli
+import training
 from cli import UserError
 from experiment import write
 
@@ -99,7 +100,7 @@ def batches(n: int, batch_size: int, device: torch.device | str = "cpu") -> Iter
     The order comes from the device's default generator, so `torch.manual_seed` fixes it. The ragged last batch is
     dropped: with a shuffled order no image is left out for good, and every step sees the same batch size.
     """
-    order = torch.randperm(n, device=device)
+    order = training.from_process_0(torch.randperm(n, device=device))
     yield from order[: n // batch_size * batch_size].split(batch_size)
 
 

@@ -286,6 +286,8 @@ def train(run: Run, model: Flow, data: mnist.Data) -> None:
                     figures = {"early_val_bpd": mean_bpd(model, validation_set), "early_seconds": run.elapsed}
             training.check_finite(epoch, gradient_norm=norms, loss=losses)
             figures["gradient_norm"] = float(norms.max())
+        if run.follows:
+            continue
         if epoch in run.panels(0, 0.25, 0.5, 0.75, 1):
             run.frames[epoch] = panel(model).cpu()
         run.record(epoch, train_bpd=mean_bpd(model, train_set), val_bpd=mean_bpd(model, validation_set), **figures)

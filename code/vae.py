@@ -266,6 +266,8 @@ def train(run: Run, model: VAE, data: mnist.Data) -> None:
                 losses[step % steps], norms[step % steps] = take_step(index)
             training.check_finite(epoch, gradient_norm=norms, loss=losses)
             figures["gradient_norm"] = float(norms.max())
+        if run.follows:
+            continue
         if model.z_dim == 2 or epoch in run.panels(0, 0.25, 0.5, 0.75, 1):
             run.frames[epoch] = panel(model).cpu()
         train_elbo, val_elbo = (float(per_image_elbo(model, *each).mean()) for each in (train_set, validation_set))

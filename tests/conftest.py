@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +33,7 @@ VERDICT = {"fid", "precision", "recall", "class_counts"}
 COSTS = {"parameters", "train_seconds", "peak_memory_mib", "seconds_per_1000_samples"}
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it, which the scripts respect
 FORKS = multiprocessing.get_context("forkserver")  # processes start as forks of one that has imported everything
 FORKS.set_forkserver_preload(["conftest", *RUNS, "torch._dynamo", "matplotlib.backends.backend_pdf"])
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(ROOT / each) for each in ("code", "tests"))}
