@@ -425,3 +425,18 @@ def test_say_survives_any_stream(monkeypatch):
     for stream in (None, closed):
         monkeypatch.setattr(sys, "stderr", stream)
         cli.say("x")
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
+)
+def test_how_threads_wait_is_set_before_torch_and_only_if_the_user_has_not(tmp_path, user, expected):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import os, sys\nsys.exit(str(os.environ.get('GOMP_SPINCOUNT')))")
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for script in ("vae", "gan", "nf", "judge", "bench"):
+        command = [sys.executable, ROOT / "code" / f"{script}.py"]
+        environment = {**kept, **user, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.stderr == f"{expected}\n"
