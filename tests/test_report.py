@@ -84,7 +84,8 @@ def uses_it_indirectly(name: str) -> bool:
 
 def test_nothing_is_left_to_do():
     for path in ("report/report.tex", "README.md", "CONTRIBUTING.md", *(path for path in (ROOT / "docs").glob("*.md"))):
-        found = re.search(r"TODO|FIXME|XXX|[A-Z]{4,}_[A-Z]+|\bINFORMATION\b", (ROOT / path).read_text())
+        text = re.sub(r"\bG?OMP_[A-Z_]+", "", (ROOT / path).read_text())  # variables that OpenMP reads
+        found = re.search(r"TODO|FIXME|XXX|[A-Z]{4,}_[A-Z]+|\bINFORMATION\b", text)
         assert not found, f"{path}: {found}"
 
 
