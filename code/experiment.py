@@ -402,6 +402,7 @@ class Run:
         RunError if they cannot be, after everything else: a picture must not cost a run. Of several processes, 0 does
         all this.
         """
+        training.disconnect()
         if self.follows:
             return
         undrawn = ""

@@ -101,7 +101,13 @@ def connect(device: torch.device) -> None:
     """Join the processes that torchrun started: over gloo on CPUs, over NCCL on CUDA. One alone joins nobody."""
     if cli.processes() > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        cli.at_end.callback(dist.destroy_process_group)
+        cli.at_end.callback(disconnect)
+
+
+def disconnect() -> None:
+    """Leave them: from now on this process's gradients and batches are its own."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -134,7 +140,7 @@ def from_process_0(content: Any) -> Any:
 
 def share(index: Tensor) -> Tensor:
     """This process's part of a batch (batch,), which all of them divide equally."""
-    return index.chunk(cli.processes())[cli.rank()]
+    return index.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else index
 
 
 def own_noise(seed: int, epoch: int) -> None:
