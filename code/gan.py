@@ -12,16 +12,19 @@ of the report. G circles the equilibrium and does not come to rest, so samples c
 """
 
 import copy
+import functools
 import math
 import sys
 
+import cli  # before torch is loaded
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-import cli
 import judge
 import mnist
 import pictures
@@ -207,7 +210,7 @@ def train(run: Run, model: GAN, data: mnist.Data) -> None:
     images = data.images.flatten(1)
     per_step = args.batch_size * args.d_steps
     steps = mnist.steps_per_epoch(len(images), per_step)
-    judged_by = judge.find(run, quiet=True)
+    judged_by = None if run.follows else judge.find(run, quiet=True)
     real = judge.described(judged_by, data.validation_images) if judged_by else None
     optimizers = make_optimizers(model, args.lr, args.betas)
     run.start(model=model, optimizer_d=optimizers[0], optimizer_g=optimizers[1])
@@ -229,6 +232,8 @@ def train(run: Run, model: GAN, data: mnist.Data) -> None:
         update_bn(settling, model.average)  # averaged weights have no statistics of their own
         named = dict(zip(("loss_d", "loss_g", "d_real", "d_fake"), figures.T))
         training.check_finite(epoch, **named)
+        if run.follows:
+            continue
         run.frames[epoch] = panel(model).cpu()
         row = {name: float(values.cpu().double().mean()) for name, values in named.items()}
         if judged_by and (epoch in PROBE_EARLY or epoch % PROBE_EVERY == 0 or epoch == args.epochs):
@@ -427,7 +432,7 @@ def different_pairs(model: GAN, judged_by: judge.Judge | None) -> tuple[Tensor, 
 
 def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
-    parser = cli.Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(__doc__)
     cli.add_flags(parser, epochs=200, batch_size=256, lr=5e-4, betas=(0.0, 0.999))
     count, share = cli.positive_int, cli.fraction
     parser.add_argument("--z-dim", type=count, default=100, metavar="N", help="numbers of noise")
@@ -452,8 +457,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --evaluate or --sample use what was trained."""
     parser = flags()
     args = parser.parse_args(argv)
-    if 1 in (args.batch_size, args.settling):
-        raise UserError("--batch-size 1 or --settling 1: batch norm needs at least 2 images to a batch")
+    if args.batch_size < 2 * cli.processes() or args.settling == 1:
+        raise UserError("--batch-size or --settling: batch norm needs at least 2 images to a (process's) batch")
     run = Run("gan", parser, args, evaluation=("fresh_epochs",))
     torch.manual_seed(args.seed)
     model = build(run.config).to(run.device).eval()
@@ -465,9 +470,8 @@ def main(argv: list[str] | None = None) -> None:
     data = mnist.load(args.dataset, args.data_dir, run.device)
     if not args.evaluate:
         train(run, model, data)
-    fresh = fresh_losses(run, model, data)
-    draw(run, model, data, fresh)
-    run.finish(model, lambda: evaluate(run, model, data, fresh))
+    fresh = functools.cache(lambda: fresh_losses(run, model, data))
+    run.finish(model, lambda: evaluate(run, model, data, fresh()), lambda: draw(run, model, data, fresh()))
 
 
 if __name__ == "__main__":

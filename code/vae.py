@@ -17,12 +17,14 @@ import math
 import sys
 from pathlib import Path
 
+import cli  # before torch is loaded
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import cli
 import judge
 import mnist
 import pictures
@@ -265,6 +267,8 @@ def train(run: Run, model: VAE, data: mnist.Data) -> None:
                 losses[step % steps], norms[step % steps] = take_step(index)
             training.check_finite(epoch, gradient_norm=norms, loss=losses)
             figures["gradient_norm"] = float(norms.max())
+        if run.follows:
+            continue
         if model.z_dim == 2 or epoch in run.panels(0, 0.25, 0.5, 0.75, 1):
             run.frames[epoch] = panel(model).cpu()
         train_elbo, val_elbo = (float(per_image_elbo(model, *each).mean()) for each in (train_set, validation_set))
@@ -425,14 +429,16 @@ def draw_manifold(run: Run, epoch: int, images: Tensor) -> None:
 
 def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
-    parser = cli.Parser(BEST, description=__doc__.partition("\n")[0])
+    parser = cli.Parser(__doc__, BEST)
     cli.add_flags(parser, epochs=40, batch_size=320, lr=3e-3, betas=(0.9, 0.999))
     count = cli.positive_int
     parser.add_argument("--z-dim", type=count, default=20, metavar="N", help="latents; 2 draws a manifold")
     parser.add_argument("--hidden", type=count, default=400, metavar="N", help="units of every hidden layer")
-    parser.add_argument("--depth", type=count, default=4, metavar="N", help="hidden layers of encoder and of decoder")
+    parser.add_argument(
+        "--depth", type=cli.layers, default=4, metavar="N", help="hidden layers of encoder and of decoder"
+    )
     parser.add_argument("--prior", choices=("normal", "flow"), default="normal", help="the latents' distribution")
-    parser.add_argument("--couplings", type=count, default=8, metavar="N", help="of the flow prior")
+    parser.add_argument("--couplings", type=cli.layers, default=8, metavar="N", help="of the flow prior")
     parser.add_argument("--prior-hidden", type=count, default=128, metavar="N", help="units of its hidden layers")
     what = "stopped: of log q's sample, and not of its parameters"
     parser.add_argument("--gradient", choices=("stopped", "plain"), default="stopped", help=what)
@@ -470,8 +476,7 @@ def main(argv: list[str] | None = None) -> None:
     data = mnist.load(args.dataset, args.data_dir, run.device)
     if not args.evaluate:
         train(run, model, data)
-    draw(run, model, data)
-    run.finish(model, lambda: evaluate(run, model, data))
+    run.finish(model, lambda: evaluate(run, model, data), lambda: draw(run, model, data))
 
 
 if __name__ == "__main__":

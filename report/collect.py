@@ -77,7 +77,8 @@ def collect(root: Path) -> dict[Path, str]:
         "docs/evidence.md": {"theory": theory_sentence},
         "docs/gan.md": {"fresh": fresh_table, "nearest": nearest_table, "chosen": chosen_table},
         "docs/speed.md": {
-            "ceiling": ceiling_table, "races": races_table, "growth": growth_table, "gpu": gpu_table,
+            "ceiling": ceiling_table, "races": races_table, "growth": growth_table, "beside": beside_table,
+            "gpu": gpu_table,
         },
     }  # fmt: skip
     try:
@@ -495,6 +496,21 @@ def growth_table(results: dict[str, dict]) -> str:
             values = ", ".join(f"{int(value):,}" for value in points)
             rows.append((what.replace("_", " "), f"`{name}`", values, times, memory))
     return markdown(("what grows", "model", "values", "seconds per 1,000 images", "memory, MiB"), rows)
+
+
+def beside_table(results: dict[str, dict]) -> str:
+    """docs/speed.md's table of training beside other work."""
+    measured = results["bench"].get("beside")
+    if not measured:
+        return "Not measured yet (`make bench`)."
+    cores = results["bench"]["environment"]["threads"]
+    shares = {"nothing": 1.0, "a busy process": cores / (cores + 1), "another training": 0.5}
+    quiet = measured["nothing"]["as OpenMP's default"]
+    rows = [
+        (other, *(f"{each:,.0f}" for each in speeds.values()), f"{shares[other] * quiet:,.0f}")
+        for other, speeds in measured.items()
+    ]
+    return markdown(("beside it", *measured["nothing"], "a fair share"), rows)
 
 
 if __name__ == "__main__":

@@ -729,9 +729,9 @@ def trained(name: str, build: Callable[[dict], nn.Module]) -> nn.Module:
 
 def flags() -> cli.Parser:
     """The script's flags."""
-    parser = cli.Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT, metavar="DIR", help="writes DIR/figures/theory*")
-    cli.add_data_flags(parser, device=False)
+    cli.add_data_flags(parser, device=False, dataset_too=False)
     return parser
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +33,7 @@ VERDICT = {"fid", "precision", "recall", "class_counts"}
 COSTS = {"parameters", "train_seconds", "peak_memory_mib", "seconds_per_1000_samples"}
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it, which the scripts respect
 FORKS = multiprocessing.get_context("forkserver")  # processes start as forks of one that has imported everything
 FORKS.set_forkserver_preload(["conftest", *RUNS, "torch._dynamo", "matplotlib.backends.backend_pdf"])
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(ROOT / each) for each in ("code", "tests"))}
@@ -72,15 +74,17 @@ def shrink(patch: pytest.MonkeyPatch) -> mnist.Data:
     """From now on every script sees 600 random images instead of 60,000, 100 for testing; judges 200 and times 10."""
     generator = torch.Generator().manual_seed(0)
     images, test = (torch.randint(256, (n, 28, 28), generator=generator, dtype=torch.uint8) for n in (600, 100))
-    data = mnist.Data(images, torch.arange(600) % 10, test, torch.arange(100) % 10)
+    data = mnist.Data(images, torch.arange(600) % 10, test, torch.arange(100) % 10, validation=100)
 
     def load(dataset: str, data_dir: object, device: torch.device | str = "cpu") -> mnist.Data:
-        return mnist.Data(**{name: each.to(device) for name, each in vars(data).items()})
+        return mnist.Data(
+            **{name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in vars(data).items()}
+        )
 
     def seconds_per_10(sample, of: torch.device) -> float:
         return experiment.seconds_per_1000(lambda n: sample(n // 100), of)
 
-    for module, name, value in ((mnist, "TRAIN", 500), (judge, "JUDGED", 200), (mnist, "load", load)):
+    for module, name, value in ((judge, "JUDGED", 200), (mnist, "load", load)):
         patch.setattr(module, name, value)
     patch.setattr(importlib.import_module("gan"), "PROBE", 150)
     for script in RUNS:

@@ -75,11 +75,25 @@ def test_a_device_that_is_not_there(train, monkeypatch, name, module):
     fails(train("--device", name), 2, f"--device {name}", "cpu")
 
 
-def test_auto_takes_cuda_then_mps_then_the_cpu(monkeypatch):
+def test_auto_takes_cuda_then_mps_then_the_cpu_if_they_work(monkeypatch, capsys):
+    ones, broken = torch.ones, set()
+
+    def on_any_machine(*size, device):
+        if device in broken:
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand so on")
+        return ones(*size)
+
+    monkeypatch.setattr(torch, "ones", on_any_machine)
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda here=cuda: here)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=mps: here)
         assert cli.device("auto").type == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    broken.add("cuda")
+    assert cli.device("auto").type == "cpu"
+    assert "no kernel image" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no kernel image.*device\): use --device cpu"):
+        cli.device("cuda")
 
 
 def test_a_trial_does_not_touch_the_reports_folders(tiny, tmp_path, capsys):

@@ -206,7 +206,7 @@ def test_a_run_without_the_judge_ends_with_its_own_result(
     module = importlib.import_module(script)
     assert module.main([*flags, "--out", str(out)]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "  epoch " not in line]
-    words = {"missing": "code/judge.py --train", "damaged": "is damaged", "of other data": "knows mnist only"}
+    words = {"missing": "code/judge.py --train", "damaged": "is damaged", "of other data": "no judge at"}
     assert "without fid, precision, recall and class_counts" in line and words[lacking] in line
     ours = {path.replace(name, "*"): content for path, content in lasting(out).items()}
     assert ours.keys() == judged.keys()

@@ -19,8 +19,8 @@ load = mnist.load
 def fewer(*args):
     data = load(*args)
     images = torch.cat((data.images[:2000], data.images[-500:]))
-    return dataclasses.replace(data, images=images, test_images=data.test_images[:500])
-mnist.load, mnist.TRAIN, judge.JUDGED, gan.PROBE = fewer, 2000, 100, 100
+    return dataclasses.replace(data, images=images, test_images=data.test_images[:500], validation=500)
+mnist.load, judge.JUDGED, gan.PROBE = fewer, 100, 100
 vae.quadrature_log_px = functools.partial(vae.quadrature_log_px, points=21)
 for script in (vae, gan, nf):
     script.seconds_per_1000 = lambda *_: 0.0

@@ -295,8 +295,7 @@ def test_q3_4_uniform_noise_is_honest_and_gaussian_noise_is_not(tmp_path):
 
 def test_all_of_it_runs(data, data_dir, tmp_path, coarse, monkeypatch, answers):
     """Every function, with fewer of everything and small models."""
-    few = dataclasses.replace(data, images=data.images[:2000], test_images=data.test_images[:500])
-    monkeypatch.setattr(mnist, "TRAIN", 1600)
+    few = dataclasses.replace(data, images=data.images[:2000], test_images=data.test_images[:500], validation=400)
     monkeypatch.setattr(mnist, "load", lambda *_: few)
     fewer = {
         "AUTOENCODER_EPOCHS": 1, "RING_STEPS": 50, "POSTERIOR_IMAGES": 5, "POSTERIOR_DRAWS": 50, "ASCENT_STEPS": 1,
