@@ -912,7 +912,7 @@ def q3_4_learned() -> dict:
 
     A model of SOURCE whose density is a normal bump of deviation BUMP in the middle of each cell. `discrete`: its bits
     by the exact probabilities of the cells. `uniform`, `learned`: bits of the bounds, the latter with u the logistic
-    function of `scale` times the logit of uniform noise, the scale fitted. `gap_*`: bits above `discrete`.
+    function of `scale` times the logit of uniform noise, the scale fitted. `above_*`: bits above `discrete`.
     `greatest_difference`: between a gap and the KL from the noise to the model's own p(u|x).
     """
     probability = torch.tensor(SOURCE, dtype=torch.float64)
@@ -934,7 +934,7 @@ def q3_4_learned() -> dict:
     answer, differences = {"bump": BUMP, "scale": scale, "discrete": discrete}, []
     for name, each in (("uniform", 1.0), ("learned", scale)):
         bits, kl = bound_and_kl(each)
-        answer |= {name: bits, f"gap_{name}": bits - discrete}
+        answer |= {name: bits, f"above_{name}": bits - discrete}
         differences.append(abs(bits - discrete - kl))
     return answer | {"greatest_difference": max(differences)}
 
