@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help all vae vae-best gan nf figures affine cuda trials judge seeds theory bench report test lint clean
+.PHONY: help all vae vae-best prior gan nf figures affine cuda trials judge seeds theory bench report explorer test lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -16,7 +16,7 @@ $(VENV)/filled: requirements.txt requirements-dev.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-all: vae vae-best gan nf theory report  ## data, the report's runs, its computations, the report: about three hours
+all: vae vae-best gan nf theory report explorer  ## data, the report's runs, its computations, the report: about three hours
 
 vae: $(VENV)/filled  ## train both VAEs to the report's 40 epochs and draw everything (figures/vae_*)
 	$(PY) code/vae.py
@@ -25,6 +25,11 @@ vae: $(VENV)/filled  ## train both VAEs to the report's 40 epochs and draw every
 
 vae-best: $(VENV)/filled  ## train the VAE with a flow as its prior, for the record (figures/vae_best*)
 	$(PY) code/vae.py --best
+	$(PY) report/collect.py
+
+prior: $(VENV)/filled  ## train the VAE of 20 latents with a flow as its prior, all else alike (figures/vae_z20_flow.json)
+	$(PY) code/vae.py --prior flow --out out/prior
+	cp out/prior/figures/vae_z20.json figures/vae_z20_flow.json
 	$(PY) report/collect.py
 
 gan: $(VENV)/filled  ## train the GAN to the report's 200 epochs and draw everything (figures/gan_*)
@@ -118,6 +123,9 @@ report: $(VENV)/filled  ## build report/report.pdf from what is in figures/
 	$(PY) report/collect.py
 	@command -v latexmk >/dev/null || { echo "make report: no LaTeX here; install Debian's latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern" >&2; exit 2; }
 	cd report && SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 latexmk -pdf -interaction=nonstopmode -halt-on-error report.tex
+
+explorer: $(VENV)/filled  ## put the models of weights/ into one web page (docs/explorer.html)
+	$(PY) code/explorer.py
 
 test: $(VENV)/filled  ## run the tests (fetches MNIST first)
 	$(PY) -m pytest

@@ -98,7 +98,7 @@ class GAN(nn.Module):
 
 def build(config: dict) -> GAN:
     """The model of a run's config, untrained."""
-    return GAN(config["z_dim"], config["leak"], config["dropout"], config["shift"])
+    return GAN(config["z_dim"], config["leak"], config["dropout"], config.get("shift", 0))  # older weights lack it
 
 
 # Objective

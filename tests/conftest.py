@@ -46,7 +46,7 @@ def pytest_xdist_auto_num_workers(config) -> int:
 
 def pytest_collection_modifyitems(items) -> None:
     """The files that take longest come first, so that the workers finish together."""
-    longest = ["test_bench", "test_theory", "test_judge", "test_scripts"]
+    longest = ["test_bench", "test_theory", "test_judge", "test_explorer", "test_scripts"]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else -1, reverse=True)
 
 

@@ -48,7 +48,7 @@ def prose() -> str:
 # Decimals that are no measurement: settings of an example or of a trial, the question's bar, others' published figures.
 SET = {
     "0.5", "0.6", "0.36", "0.9", "0.1", "0.99", "0.999", "0.001", "0.00025", "0.2", "0.05", "0.01", "127.5",
-    "543.4", "1.85", "86.76", "84.45", "82.43", "82.09", "1.06", "1.05", "0.97",
+    "0.8", "0.85", "0.7", "543.4", "1.85", "86.76", "84.45", "82.43", "82.09", "1.06", "1.05", "0.97",
 }  # fmt: skip
 
 
@@ -125,6 +125,7 @@ def checkout(tmp_path):
         r"\newcommand{\num}[1]{} \begin{document} \num{vae_z20.history.last.val_elbo} \num{vae_z20.history.1.val_elbo}"
         r"\num{judge.result.test_accuracy} \num{theory.q1_4.draws} \num{gan.environment.cpu}"
         r"\num{gan.result.train_seconds} \seeds{vae_z20.seeds.test_nll}"
+        r"\num{-vae_z20.history.1.val_elbo} \seeds{-vae_z20.seeds.val_elbo}"
         r"\num{trials.gan_as_it_is.result.validation.fid} \seeds{judge.floor.fid} \seeds{gan.over_noise.fid}"
     )
     for script, commands in collect.COMMANDS.items():
@@ -209,6 +210,8 @@ def test_numbers_follow_the_json(checkout):
             r"num:gan.environment.cpu\endcsname{C\_1 \& D}",
             r"num:gan.result.train_seconds\endcsname{2{,}000}",
             r"num:vae_z20.seeds.test_nll\endcsname{2.25 (2.00 to 2.50)}",
+            r"num:-vae_z20.history.1.val_elbo\endcsname{105.00}",
+            r"num:-vae_z20.seeds.val_elbo\endcsname{99.67 (99.00 to 100.00)}",
             r"num:trials.gan_as_it_is.result.validation.fid\endcsname{20.1}",
             r"num:judge.floor.fid\endcsname{1.5 (1.0 to 2.0)}",
             r"num:gan.over_noise.fid\endcsname{20.0 (19.0 to 20.9)}",
@@ -236,7 +239,9 @@ def test_numbers_follow_the_json(checkout):
             "| the last 50 | 1.200 to 1.249 | 0.700 to 0.700 | 0.600 to 0.600 | 0.400 to 0.400 |",
             "| 1/4 | - | 1.840 | - |\n| 1 | 1.900 | 2.000 | 100.0 |",
         ),
-        "docs/evidence.md": ("2 computations took 42 s, the longest 40 s. Measured on C_1 & D, 2 threads, torch T.",),
+        "docs/evidence.md": (
+            "2 computations took 42 s of processor time, the longest 40. Measured on C_1 & D, 2 threads, torch T.",
+        ),
         "docs/gan.md": (
             "| 20 | `--shift 2` | 20 | 0.75 | 0.62 | 0.60 | 0.40 |\n| 10 | none | 20 | 0.75 | 0.62 | 0.60 | 0.40 |\n"
             "| 10 | `--betas 0.5 0.9 --lr 0.001` | 20 |",
@@ -286,6 +291,8 @@ def test_a_number_that_no_json_has_is_named(checkout):
         ("x.recall", 0.12345, "0.123"),
         ("x.milliseconds", 23.456, "23.5"),
         ("x.greatest_difference", 1.69e-12, "2e-12"),
+        ("x.value", -0.00018707, "-1.87e-04"),
+        ("x.fid", 2017.3, "2,017"),
     ],
 )
 def test_rounding(key, value, text):
