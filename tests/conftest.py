@@ -128,8 +128,9 @@ def result_of(out: Path, run: str) -> dict:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file below `folder` with its bytes, but for what a killed run had not finished writing."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def lasting(folder: Path) -> dict[str, object]:

@@ -309,16 +309,16 @@ def test_a_fresh_discriminator_finds_what_is_there_to_find(tmp_path):
         model.average[-2].bias.fill_(-20)
     same = torch.zeros(600, 28, 28, dtype=torch.uint8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    losses = gan.fresh_losses(run, model, mnist.Data(same, torch.zeros(600), same[:100], torch.zeros(100)))
+    losses = gan.fresh_losses(run, model, mnist.Data(same, torch.zeros(600), same[:100], torch.zeros(100), 100))
     assert len(losses) == 4 and losses[-1] == pytest.approx(math.log(4), abs=1e-3)
     other = 255 - same
-    losses = gan.fresh_losses(run, model, mnist.Data(other, torch.zeros(600), other[:100], torch.zeros(100)))
+    losses = gan.fresh_losses(run, model, mnist.Data(other, torch.zeros(600), other[:100], torch.zeros(100), 100))
     assert losses[0] == pytest.approx(math.log(4), abs=0.3) and losses[-1] < 0.1
     mixed = torch.cat((same[:100], other[:100]))  # half of the unseen real images look generated
-    losses = gan.fresh_losses(run, model, mnist.Data(other, torch.zeros(600), mixed, torch.zeros(200)))
+    losses = gan.fresh_losses(run, model, mnist.Data(other, torch.zeros(600), mixed, torch.zeros(200), 100))
     assert losses[-1] > 1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert losses == gan.fresh_losses(run, model, mnist.Data(other, torch.zeros(600), mixed, torch.zeros(200)))
+    assert losses == gan.fresh_losses(run, model, mnist.Data(other, torch.zeros(600), mixed, torch.zeros(200), 100))
 
 
 def test_the_losses_are_drawn_as_deviations(tmp_path, monkeypatch):

@@ -305,7 +305,9 @@ def test_real_images_are_those_of_the_reference(model, tiny, tmp_path, monkeypat
 
 def test_images_of_other_data_are_warned_of(data, tmp_path, monkeypatch, capsys):
     """Digits in black on white, for one; not digits as they are. Each file is named that gives itself away."""
-    small = mnist.Data(*(each[:1200] for each in (data.images, data.labels, data.test_images, data.test_labels)))
+    small = mnist.Data(
+        *(each[:1200] for each in (data.images, data.labels, data.test_images, data.test_labels)), validation=100
+    )
     monkeypatch.setattr(mnist, "load", lambda *_: small)
     for name, images in (("digits", data.test_images[-1000:]), ("inverted", 255 - data.test_images[-1000:])):
         np.savez(tmp_path / f"{name}.npz", images=images.numpy())

@@ -301,7 +301,7 @@ def test_a_judge_of_ones_own_images_is_used(tmp_path, monkeypatch, capsys):
     assert vae.main([*SMALL["vae"], *flags, "--sample", "100"]) == 0
     capsys.readouterr()
     assert judge.main([str(out / "figures" / "vae_z20_own_samples.npz"), *flags]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 6  # what, head, three of the floor, the file
     other = npz(tmp_path / "elsewhere.npz", images=IMAGES)
     assert judge.main(["--train", "--dataset", str(other), "--out", str(out)]) == 2
     assert "no labels" in capsys.readouterr().err
