@@ -9,9 +9,9 @@
 import collections.abc
 import contextlib
 import functools
+import importlib
 import pathlib
 import sys
-import types
 
 import torch
 from torch import nn
@@ -36,69 +36,47 @@ def _code() -> collections.abc.Iterator[None]:
         sys.modules.update(theirs)
 
 
-def _model(script: types.ModuleType, name: str, pretrained: bool, *flags: str) -> nn.Module:
-    """The model of a script's run `name`, whose settings these flags give."""
-    import cli
-    import experiment
+def _model(script: str, run: str, pretrained: bool, *flags: str) -> nn.Module:
+    """The model of a script's run, whose settings these flags give, with `sample(n)`."""
+    with _code():
+        import cli
+        import experiment
 
-    path = _ROOT / "weights" / f"{name}.pt"
-    if pretrained:
-        archive = experiment.load_archive(path, "the weights", "get the repository again (force_reload=True)")
-        model = script.build(archive["config"])
-        experiment.load_state(model, archive, path, "the weights")
-    else:
-        model = script.build(cli.settings(script.flags().parse_args(flags)))
+        module = importlib.import_module(script)
+        path = _ROOT / "weights" / f"{run}.pt"
+        if pretrained:
+            archive = experiment.load_archive(path, "the weights", "get the repository again (force_reload=True)")
+            model = module.build(archive["config"])
+            experiment.load_state(model, archive, path, "the weights")
+        else:
+            model = module.build(cli.settings(module.flags().parse_args(flags)))
+    model.sample = functools.partial(module.sample, model.average if script == "gan" else model)
     return model.eval()
-
-
-def _with_samples(model: nn.Module, sample: collections.abc.Callable) -> nn.Module:
-    model.sample = sample
-    return model
 
 
 def vae_z20(pretrained: bool = True) -> nn.Module:
     """The variational autoencoder with 20 latents."""
-    with _code():
-        import vae
-
-        model = _model(vae, "vae_z20", pretrained)
-        return _with_samples(model, functools.partial(vae.sample, model))
+    return _model("vae", "vae_z20", pretrained)
 
 
 def vae_z2(pretrained: bool = True) -> nn.Module:
     """The variational autoencoder with a plane of latents."""
-    with _code():
-        import vae
-
-        model = _model(vae, "vae_z2", pretrained, "--z-dim", "2")
-        return _with_samples(model, functools.partial(vae.sample, model))
+    return _model("vae", "vae_z2", pretrained, "--z-dim", "2")
 
 
 def vae_best(pretrained: bool = True) -> nn.Module:
     """The variational autoencoder of the record run, with a flow as its prior."""
-    with _code():
-        import vae
-
-        model = _model(vae, "vae_best", pretrained, "--best")
-        return _with_samples(model, functools.partial(vae.sample, model))
+    return _model("vae", "vae_best", pretrained, "--best")
 
 
 def gan(pretrained: bool = True) -> nn.Module:
     """Generator, discriminator and the averaged generator, which samples."""
-    with _code():
-        import gan
-
-        model = _model(gan, "gan", pretrained)
-        return _with_samples(model, functools.partial(gan.sample, model.average))
+    return _model("gan", "gan", pretrained)
 
 
 def nf(pretrained: bool = True) -> nn.Module:
     """The normalizing flow."""
-    with _code():
-        import nf
-
-        model = _model(nf, "nf", pretrained)
-        return _with_samples(model, functools.partial(nf.sample, model))
+    return _model("nf", "nf", pretrained)
 
 
 def judge(pretrained: bool = True) -> nn.Module:
