@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help all vae vae-best gan nf figures affine cuda trials judge seeds theory bench report test lint clean
+.PHONY: help all vae vae-best prior gan nf figures affine cuda trials judge seeds theory bench report explorer test lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -16,7 +16,7 @@ $(VENV)/filled: requirements.txt requirements-dev.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-all: vae vae-best gan nf theory report  ## data, the report's runs, its computations, the report: about three hours
+all: vae vae-best gan nf theory report explorer  ## data, the report's runs, its computations, the report: about three hours
 
 vae: $(VENV)/filled  ## train both VAEs to the report's 40 epochs and draw everything (figures/vae_*)
 	$(PY) code/vae.py
@@ -25,6 +25,11 @@ vae: $(VENV)/filled  ## train both VAEs to the report's 40 epochs and draw every
 
 vae-best: $(VENV)/filled  ## train the VAE with a flow as its prior, for the record (figures/vae_best*)
 	$(PY) code/vae.py --best
+	$(PY) report/collect.py
+
+prior: $(VENV)/filled  ## train the VAE of 20 latents with a flow as its prior, all else alike (figures/vae_z20_flow.json)
+	$(PY) code/vae.py --prior flow --out out/prior
+	cp out/prior/figures/vae_z20.json figures/vae_z20_flow.json
 	$(PY) report/collect.py
 
 gan: $(VENV)/filled  ## train the GAN to the report's 200 epochs and draw everything (figures/gan_*)
@@ -47,7 +52,7 @@ affine: $(VENV)/filled  ## train the flow with affine maps alone, for as many mi
 	cp out/affine/figures/nf.json figures/nf_affine.json
 	$(PY) report/collect.py
 
-# What is changed in a trial of the GAN, as flags.
+# What is changed in a trial of the GAN, as flags, from the assignment's dropout; the long ones make D stronger.
 trial_as_it_is :=
 trial_other_seed := --seed 1
 trial_beta1_half := --betas 0.5 0.999
@@ -57,13 +62,22 @@ trial_not_averaged := --decay 0
 trial_lr_double := --lr 1e-3
 trial_lr_half := --lr 2.5e-4
 trial_batch_half := --batch-size 128
+trial_assignment :=
+trial_dropout_tenth := --dropout 0.1
+trial_dropout_none := --dropout 0
+trial_d_twice := --d-steps 2 --batch-size 128
+trial_shift := --dropout 0.1 --shift 2
+trial_shift_only := --dropout 0 --shift 2
 TRIALS := as_it_is other_seed beta1_half betas_default beta2_lower not_averaged lr_double lr_half batch_half
+LONG_TRIALS := assignment dropout_tenth dropout_none d_twice shift shift_only
 
-trials: $(TRIALS:%=trial-%)  ## train the GAN for ten epochs with other settings (figures/trials/gan_*.json)
+trials: $(TRIALS:%=trial-%) $(LONG_TRIALS:%=trial-%)  ## train the GAN for 10 or 20 epochs, other settings (figures/trials)
 	$(PY) report/collect.py
 
+$(TRIALS:%=trial-%): EPOCHS := 10
+$(LONG_TRIALS:%=trial-%): EPOCHS := 20
 trial-%: $(VENV)/filled
-	$(PY) code/gan.py --epochs 10 $(trial_$*) --out out/trials/$*
+	$(PY) code/gan.py --epochs $(EPOCHS) --dropout 0.3 $(trial_$*) --fresh-epochs 0 --out out/trials/$*
 	mkdir -p figures/trials
 	cp out/trials/$*/figures/gan.json figures/trials/gan_$*.json
 
@@ -74,6 +88,7 @@ judge: $(VENV)/filled  ## judge 10,000 samples of each model (trains the judge o
 	$(PY) code/vae.py --best --sample 10000
 	$(PY) code/gan.py --sample 10000
 	$(PY) code/nf.py --sample 10000
+	$(PY) code/judge.py --floor
 	$(PY) code/judge.py figures/vae_z20_samples.npz figures/vae_z2_samples.npz figures/vae_best_samples.npz figures/gan_samples.npz figures/nf_samples.npz
 	$(PY) report/collect.py
 
@@ -108,6 +123,9 @@ report: $(VENV)/filled  ## build report/report.pdf from what is in figures/
 	$(PY) report/collect.py
 	@command -v latexmk >/dev/null || { echo "make report: no LaTeX here; install Debian's latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern" >&2; exit 2; }
 	cd report && SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 latexmk -pdf -interaction=nonstopmode -halt-on-error report.tex
+
+explorer: $(VENV)/filled  ## put the models of weights/ into one web page (docs/explorer.html)
+	$(PY) code/explorer.py
 
 test: $(VENV)/filled  ## run the tests (fetches MNIST first)
 	$(PY) -m pytest

@@ -8,29 +8,34 @@ its script calls, its floating-point operations counted by PyTorch's own counter
 model and batch size in a textbook loop (a torchvision dataset with ToTensor, a DataLoader, default Adam, .item() at
 each step). Then, on a CPU, races of a textbook's VAE and flow against the scripts', until validation passes some marks;
 and time and memory against width, batch size, number of images and threads, each point in a process of its own, whose
-memory is thus its own.
+memory is thus its own; and the VAE's speed beside other work (`beside`).
 """
 
 import functools
 import itertools
 import math
 import multiprocessing
+import os
 import random
 import statistics
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import cli  # before torch is loaded
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-import cli
 import experiment
 import gan
 import mnist
@@ -322,7 +327,7 @@ def race(runners: dict[str, tuple[Callable[[], object], Callable[[], float]]], m
                     row["passed"][str(mark)] = row["seconds"]
             if None not in row["passed"].values() or row["seconds"] > RACE_SECONDS or row["reached"] is None:
                 del running[name]
-            print(name, f"{row['seconds']:.0f} s: {reached:.3f}", flush=True)
+            cli.say(f"{name} {row['seconds']:.0f} s: {reached:.3f}")
     return rows
 
 
@@ -345,22 +350,25 @@ def in_parts(case: Case, parts: int) -> Callable[[], None]:
     return train
 
 
-def from_loader(step: Callable[[Tensor], None], data_dir: Path, parts: int) -> Callable[[], None]:
-    """Trains by a textbook's step on batches of 128 from a DataLoader: an epoch divided by `parts` at each call."""
-    loader = loader_of(data_dir, 128, mnist.TRAIN)
+def from_loader(step: Callable[[Tensor], None], data_dir: Path, images: int, parts: int) -> Callable[[], None]:
+    """Trains by a textbook's step on batches of 128 of the first `images` from a DataLoader: an epoch divided by
+    `parts` at each call.
+    """
+    loader = loader_of(data_dir, 128, images)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     return lambda: [step(pixels) for pixels, _ in itertools.islice(batches, -(-len(loader) // parts))]
 
 
 def races(data: mnist.Data, data_dir: Path) -> dict:
     """For VAE and flow: the textbook's model and training, and the script's, until MARKS."""
+    images = len(data.train_images)
     torch.manual_seed(0)
     plain = TextbookVAE()
     step = vae_textbook(plain, torch.optim.Adam(plain.parameters(), lr=1e-3))
     case = vae_case(data.train_images)
     pixels = vae.evaluation_set(data.validation_images, "validation", 20)
     vaes = {
-        "textbook": (from_loader(step, data_dir, 4), lambda: float(vae.per_image_elbo(plain, *pixels).mean())),
+        "textbook": (from_loader(step, data_dir, images, 4), lambda: float(vae.per_image_elbo(plain, *pixels).mean())),
         "script": (in_parts(case, 4), lambda: float(vae.per_image_elbo(case.model, *pixels).mean())),
     }
     affine = TextbookFlow()
@@ -368,7 +376,7 @@ def races(data: mnist.Data, data_dir: Path) -> dict:
     flow = nf_case(data.train_images)
     noisy = nf.evaluation_set(data.validation_images, "validation")
     flows = {
-        "textbook": (from_loader(affine_step, data_dir, 4), lambda: -nf.mean_bpd(affine, noisy)),
+        "textbook": (from_loader(affine_step, data_dir, images, 4), lambda: -nf.mean_bpd(affine, noisy)),
         "script": (in_parts(flow, 4), lambda: -nf.mean_bpd(flow.model, noisy)),
     }
     return {"vae": race(vaes, MARKS["vae"]), "nf": race(flows, MARKS["nf"])}
@@ -487,12 +495,62 @@ def draw_growth(path: Path, rows: dict) -> None:
     pictures.save_figure(path, fig)
 
 
+# Beside other work
+
+BESIDE_ROUNDS = 5
+BESIDE_SECONDS = 6.0  # of steps, after a third of that to warm up
+SPINS = {"as OpenMP's default": {}, "as the scripts": cli.SPIN}  # environment of a process
+
+
+def steps_for(seconds: float, data_dir: str) -> None:
+    """Prints the images a second of the VAE's training step, over so many seconds."""
+    case = vae_case(mnist.load("mnist", data_dir).train_images)
+    take_steps, reached = repeated(case, case.step), []
+    for limit in (seconds / 3, seconds):
+        begin, steps = time.perf_counter(), 0
+        while time.perf_counter() - begin < limit:
+            take_steps()
+            steps += case.steps
+        reached.append(steps * case.args.batch_size / (time.perf_counter() - begin))
+    cli.tell(str(reached[-1]))
+
+
+def beside(data_dir: Path) -> dict:
+    """The VAE's images a second by what else runs and how threads wait: alone, beside a process that is always busy,
+    and two such trainings at a time (each one's, on average).
+
+    Each round measures everything once, in processes of their own; medians over the rounds.
+    """
+    code = str(Path(__file__).parent)
+    train = [sys.executable, "-c", f"import bench; bench.steps_for({BESIDE_SECONDS}, {str(data_dir)!r})"]
+    busy = [sys.executable, "-c", "while True: pass"]
+    others = {"nothing": [], "a busy process": [busy], "another training": [train]}
+    found: dict = {other: {spin: [] for spin in SPINS} for other in others}
+    unset = {name: value for name, value in os.environ.items() if name not in {*cli.SPIN, "OMP_WAIT_POLICY"}}
+    for _, other, spin in cli.progress([*itertools.product(range(BESIDE_ROUNDS), others, SPINS)], "beside other work"):
+        environment = unset | SPINS[spin] | {"PYTHONPATH": code}
+        started = [
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+            for command in (train, *others[other])
+        ]
+        try:
+            printed = [each.communicate()[0] for each in started if each.args is train]
+        finally:
+            for each in started:
+                each.kill()
+                each.wait()
+        if not all(printed):
+            raise cli.RunError("a training beside other work has failed: see its message above")
+        found[other][spin].append(statistics.mean(map(float, printed)))
+    return {other: {spin: statistics.median(each) for spin, each in spins.items()} for other, spins in found.items()}
+
+
 def flags() -> cli.Parser:
     """The script's flags."""
-    parser = cli.Parser(description=__doc__.partition("\n")[0])
-    cli.add_data_flags(parser)
+    parser = cli.Parser(__doc__)
+    cli.add_data_flags(parser, dataset_too=False)
     parser.add_argument("--rounds", type=cli.positive_int, default=7, metavar="N", help="medians are over these")
-    parser.add_argument("--out", type=Path, default=cli.ROOT, metavar="DIR", help="writes DIR/figures/bench*")
+    parser.add_argument("--out", type=cli.path, default=cli.ROOT, metavar="DIR", help="writes DIR/figures/bench*")
     return parser
 
 
@@ -511,12 +569,13 @@ def main(argv: list[str] | None = None) -> None:
             cases = {prior: case(data.train_images, "--prior", prior) for prior in ("flow", "normal")}
             times = in_turns({prior: repeated(each, each.step) for prior, each in cases.items()}, args.rounds, device)
             rows[script]["times_normal_prior"] = times["flow"] / times["normal"]
-        print(script, *(f"{key} {value:,.2f}" for key, value in rows[script].items()), sep="\n  ", flush=True)
+        cli.tell("\n  ".join((script, *(f"{key} {value:,.2f}" for key, value in rows[script].items()))))
     content = {"environment": experiment.environment(device), "rounds": args.rounds, "models": rows}
     if device.type == "cpu":
-        print("on a GPU: not measured (--device cuda)")
+        cli.tell("on a GPU: not measured (--device cuda)")
         content["races"] = races(data, args.data_dir)
         content["growth"] = growth(args.data_dir)
+        content["beside"] = beside(args.data_dir)
     experiment.write(folder / f"{name}.json", experiment.json_bytes(content))
     if "growth" in content:
         draw_growth(folder / "bench_growth", content["growth"])

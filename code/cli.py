@@ -1,8 +1,12 @@
 """The command line of the scripts: errors and exit status, flags, the device, progress bars."""
 
 import argparse
+import contextlib
 import functools
+import io
 import math
+import os
+import re
 import shlex
 import signal
 import sys
@@ -10,10 +14,52 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# OpenMP's threads spin while they wait for each other, for milliseconds by default. On a busy machine the one that is
+# waited for may have no core, because the others spin on it. A short spin covers the pauses of a quiet machine.
+SPIN = {"GOMP_SPINCOUNT": "20000"}  # of GNU's OpenMP, which PyTorch has on Linux; others do not read it
+
+
+def _before_torch() -> None:
+    """What has to be settled before torch is loaded, so a script imports this module first. Elsewhere nothing happens.
+
+    SPIN is set, unless the user has said how threads wait. Ctrl-C ends the imports as it ends any program, without a
+    traceback. A standard stream that is closed stays so, but its number must not go to the next file that is opened,
+    into which a library's warnings would then be written. What an encoding lacks is escaped.
+    """
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if not script or Path(script).resolve().parent != Path(__file__).resolve().parent:
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not os.environ.keys() & {*SPIN, "OMP_WAIT_POLICY"}:
+        os.environ |= SPIN
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+_before_torch()
+
+# isort: split
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+TOO_LARGE = re.compile(  # what allocators, numpy and torch say of memory that is not there, or that no machine has
+    "allocate memory|not enough memory|out of memory|ALLOC_FAILED|size calculation overflowed|Overflow when unpacking"
+    "|array is too big|maximum possible size|too large to convert|paging file is too small",
+    re.IGNORECASE,
+)
+BROKEN_PIPE = 13  # SIGPIPE's number, which Windows does not have
+
+at_end = contextlib.ExitStack()  # what is undone when `main` ends, however it ends
 
 
 class UserError(Exception):
@@ -36,34 +82,77 @@ def exit_status(main: Callable[[list[str] | None], None]) -> Callable[[list[str]
         program = Path(main.__globals__["__file__"]).name
         previous = [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM)]
         on_stop("run the same command again")
+        message, status = "", 0
         try:
-            main(argv)
-            return 0
+            with at_end:
+                main(argv)
         except (UserError, RunError) as error:
             message, status = str(error), 2 if isinstance(error, UserError) else 1
-        except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
-                raise
-            message, status = "out of memory: ask for less, a smaller --batch-size for example", 1
+            if isinstance(error, UserError) and int(os.environ.get("LOCAL_RANK", 0)) and processes() > 1:
+                message = ""  # a mistake is every process's, and the first on a machine tells of it
         except Stopped as stop:
-            message, status = f"stopped; {stop.args[1]}", 128 + stop.args[0]
+            for signum, _ in previous:
+                signal.signal(signum, signal.SIG_IGN)  # who presses Ctrl-C twice means the same
+            message, status = stop.args[1] and f"stopped; {stop.args[1]}", 128 + stop.args[0]
+            message = "" if rank() else message  # all are stopped, and one says so
+        except Exception as error:
+            if not (isinstance(error, MemoryError) or TOO_LARGE.search(str(error))):
+                raise
+            less = "a smaller model, --batch-size or --sample, whichever is large here"
+            message, status = f"out of memory: ask for less ({less})", 1
         finally:
+            if message:
+                say(f"{program}: {message}")
+            for stream in (sys.stdout, sys.stderr):
+                _let_go(stream)
             for signum, handler in previous:
                 signal.signal(signum, handler)
-        print(f"{program}: {message}", file=sys.stderr)
         return status
 
     return wrapped
 
 
+def _let_go(stream: Any) -> None:
+    """Flush a standard stream; where that fails, what it holds is given up, or Python would complain at its exit."""
+    try:
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def say(line: str) -> None:
+    """A line for whoever watches, on standard error; one that cannot be written there is not worth a run."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        tqdm.write(line, file=sys.stderr)
+
+
+def tell(line: str) -> None:
+    """A line of what was asked for, on standard output. Raises RunError if it cannot be written there.
+
+    If its reader has gone (`| head`), that stops the program without a word, as it does any other.
+    """
+    if sys.stdout is None:
+        raise RunError("standard output is closed, so there is nowhere to put the result")
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise Stopped(BROKEN_PIPE, "") from None
+    except OSError as error:
+        raise RunError(f"cannot write to standard output ({error.strerror})") from None
+
+
 def on_stop(hint: str) -> None:
-    """From now on SIGINT and SIGTERM raise Stopped with this hint."""
+    """From now on SIGINT and SIGTERM raise Stopped with this hint, but for one that whoever started us has ignored."""
 
     def stop(signum: int, frame: object) -> NoReturn:
         raise Stopped(signum, hint)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, stop)
 
 
 def hint_at_resuming() -> None:
@@ -88,11 +177,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line, and whose help shows the defaults.
 
-    best: other defaults, which the flag --best, anywhere among the others, puts in place.
+    doc: the script's docstring (None under `python -OO`), of which the help shows the first line. best: other defaults,
+    which the flag --best, anywhere among the others, puts in place.
     """
 
-    def __init__(self, best: dict[str, Any] | None = None, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+    def __init__(self, doc: str | None, best: dict[str, Any] | None = None):
+        super().__init__(description=(doc or "").partition("\n")[0], allow_abbrev=False, formatter_class=_Help)
         self.best = best
         if best:
             self.add_argument("--best", action="store_true", help=f"the record run's settings: {as_flags(best)}")
@@ -123,23 +213,75 @@ def _number(kind: type, fits: Callable[[Any], bool], what: str) -> Callable[[str
 
 nonnegative_int = _number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
 positive_int = _number(int, lambda n: 1 <= n < 2**63, "a whole number from 1 to 2^63 - 1")
+layers = _number(int, lambda n: 1 <= n <= 1000, "a whole number from 1 to 1,000")
 positive_float = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 up to, but not including, 1")
+
+
+def path(text: str) -> Path:
+    """For `type=` of a flag: a path that is not empty, as a shell's unset variable is; ~ is the user's home."""
+    try:
+        if text.strip():
+            return Path(text).expanduser()
+    except RuntimeError:  # a user that does not exist
+        pass
+    raise argparse.ArgumentTypeError(f"must name a file or a folder, not {text!r}")
+
+
+DATASETS = ("mnist", "fashion-mnist")
+
+
+def dataset(text: str) -> str | Path:
+    """For `type=` of --dataset: one of DATASETS, or the absolute path of a file or folder whose name can name a run."""
+    if text in DATASETS:
+        return text
+    there = path(text).absolute()
+    try:
+        if not there.exists():
+            known = ", ".join(DATASETS)
+            raise argparse.ArgumentTypeError(f"must be {known}, or an .npz or a folder that exists, not {text!r}")
+        there = there.resolve() if there.name in ("", "..") else there
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be looked at ({error.strerror})") from None
+    if not re.fullmatch(r"\w([\w .+-]{0,58}\w)?", there.stem):
+        what = "letters, digits, blanks and . + - _ between them, at most 60"
+        raise argparse.ArgumentTypeError(f"{text!r} would name the run's files: rename it, to {what}")
+    return there
+
+
+def dataset_name(dataset: str | Path) -> str:
+    """What a run's config says of its data: no path, and another name than those of DATASETS."""
+    return dataset if isinstance(dataset, str) else dataset.name + "/" * dataset.is_dir()
+
 
 MACHINE = {"best", "device", "data_dir", "out", "resume", "evaluate", "sample"}  # flags that do not shape a result
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """A run's config: every flag but the machine's, in JSON's types."""
-    return {name: value for name, value in vars(args).items() if name not in MACHINE}
+    config = {name: value for name, value in vars(args).items() if name not in MACHINE}
+    return config | {"dataset": dataset_name(args.dataset)}
 
 
-def add_data_flags(parser: argparse.ArgumentParser, device: bool = True) -> None:
-    """--data-dir and, unless told not to, --device."""
+def rank() -> int:
+    """The number of this process among those that torchrun started for one training: 0 evaluates, draws and writes."""
+    return int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
+
+
+def processes() -> int:
+    """How many processes train together; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
+
+
+def add_data_flags(parser: argparse.ArgumentParser, device: bool = True, dataset_too: bool = True) -> None:
+    """--data-dir and, unless told not to, --dataset and --device."""
+    if dataset_too:
+        what = f"what to learn: {', '.join(DATASETS)}, an .npz, a folder of IDX files or of pictures (docs/data.md)"
+        parser.add_argument("--dataset", type=dataset, default="mnist", metavar="NAME|PATH", help=what)
     if device:
         names = ("auto", "cpu", "cuda", "mps")
         parser.add_argument("--device", choices=names, default="auto", help="auto: CUDA, then MPS, then the CPU")
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", metavar="DIR", help="the data's folder")
+    parser.add_argument("--data-dir", type=path, default=ROOT / "data", metavar="DIR", help="the data's folder")
 
 
 def add_flags(
@@ -151,10 +293,9 @@ def add_flags(
     parser.add_argument("--lr", type=positive_float, default=lr, metavar="X", help="Adam's (peak) learning rate")
     parser.add_argument("--betas", type=fraction, nargs=2, default=[*betas], metavar="X", help="Adam's decay rates")
     parser.add_argument("--seed", type=nonnegative_int, default=0, metavar="N", help="fixes the run's random numbers")
-    parser.add_argument("--dataset", choices=("mnist", "fashion-mnist"), default="mnist", help="what to learn")
     add_data_flags(parser)
     where = "write to DIR/figures, weights, checkpoints (without it: this repository; out/ if a setting differs)"
-    parser.add_argument("--out", type=Path, metavar="DIR", help=where)
+    parser.add_argument("--out", type=path, metavar="DIR", help=where)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on from the checkpoint; of a finished run, redraw")
     mode.add_argument("--evaluate", action="store_true", help="no training: the result of the weights, the pictures")
@@ -162,12 +303,30 @@ def add_flags(
 
 
 def device(name: str) -> torch.device:
-    """The device that --device names, with exact float32. Raises UserError where this machine does not have it."""
+    """The device that --device names, with exact float32. Raises UserError where this machine does not have it.
+
+    `auto` passes over one that PyTorch sees and cannot use, as where it has no kernels for an older GPU.
+    """
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(each for each, available in here.items() if available)
-    if not here[name]:
+    candidates = [each for each, available in here.items() if available and name in (each, "auto")]
+    if not candidates:
         raise UserError(f"--device {name}: PyTorch sees no such device here; use --device auto or cpu")
+    for each in candidates:
+        try:
+            torch.ones(1, device=each).add(1).item()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            if name != "auto":
+                raise UserError(f"--device {name} cannot be used ({reason}): use --device cpu") from None
+            say(f"the device {each} is there but cannot be used ({reason}); going on without it")
+        else:
+            name = each
+            break
+    if name == "cuda" and processes() > 1:
+        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if wanted > there:
+            raise UserError(f"--device cuda: {there} GPUs here are too few for {wanted} processes")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if name == "cuda":  # TF32 would keep 10 bits of float32's 23, and cuDNN may add up in any order
         for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
             products.fp32_precision = "ieee"
@@ -177,4 +336,5 @@ def device(name: str) -> torch.device:
 
 def progress(iterable: Iterable, description: str, total: int | None = None, initial: int = 0) -> tqdm:
     """A tqdm bar that goes away when done; silent where standard error is no terminal."""
-    return tqdm(iterable, desc=description, total=total, initial=initial, leave=False, disable=None)
+    hidden = True if rank() else None  # None: where standard error is no terminal
+    return tqdm(iterable, desc=description, total=total, initial=initial, leave=False, disable=hidden)

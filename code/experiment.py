@@ -11,15 +11,19 @@ Every file is made whole in memory and written by `write`, so that a killed run 
 """
 
 import contextlib
+import errno
+import glob
 import hashlib
 import io
 import json
 import math
 import os
 import platform
+import secrets
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from argparse import Namespace
@@ -30,26 +34,37 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import cli
+import training
 from cli import ROOT, RunError, UserError
 
 WRITTEN_EVERY = 20  # seconds, of a long evaluation
+ABANDONED = 3600  # seconds after which a temporary file is taken for one of a killed process
 GENERATORS = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # who holds a device's random state
 
 
 def write(path: Path, content: bytes) -> None:
-    """Put `content` into the file `path`, whole or not at all: through a temporary file beside it.
+    """Put `content` into the file `path`, whole or not at all: through a temporary file beside it, of this call's own.
 
-    Raises RunError if it cannot be written (a full disk, say); what was there before is then untouched.
+    Makes the folder if need be. Raises RunError if it cannot be written (a full disk, say); what was there before is
+    then untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as stream:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - other.stat().st_mtime > ABANDONED:
+                    other.unlink()
+        with open(temporary, "xb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            try:
+                os.fsync(stream.fileno())
+            except OSError as error:  # some file systems of networks and clouds have no such call
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                    raise
         os.replace(temporary, path)
     except OSError as error:
         advice = "make room, then run again (a training with --resume)"
@@ -60,12 +75,10 @@ def write(path: Path, content: bytes) -> None:
 
 
 def folder(path: Path) -> Path:
-    """The folder, made if need be. Raises UserError if nothing can be written there."""
+    """The folder, which `write` makes. Raises UserError if nothing can be written there; leaves nothing behind."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".probe.tmp"
-        probe.touch()
-        probe.unlink(missing_ok=True)
+        there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=".probe-", suffix=".tmp", dir=there))
     except OSError as error:
         raise UserError(f"cannot write to {path} ({error.strerror}): choose another --out") from None
     return path
@@ -74,6 +87,14 @@ def folder(path: Path) -> Path:
 def json_bytes(content: Any) -> bytes:
     """Strict JSON: a number that is not finite is an error here, not a surprise for the reader."""
     return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _result_bytes(content: dict) -> bytes:
+    """`json_bytes` of a result. Raises RunError if it has a number that is not finite, as JSON has no such thing."""
+    try:
+        return json_bytes(content)
+    except ValueError as error:
+        raise RunError(f"the result is not finite ({error}): the model has diverged; try a smaller --lr") from None
 
 
 def torch_bytes(content: Any) -> bytes:
@@ -131,11 +152,17 @@ def mismatch(archive: dict, name: str, config: dict, but_for: tuple[str, ...] = 
 
 
 def environment(device: torch.device) -> dict:
-    """Where numbers were measured: versions, hardware, threads, and the commit (null outside a git checkout)."""
+    """Where numbers were measured: versions, hardware, threads, and the commit (null outside a git checkout).
+
+    A checkout is this folder's own: the commit of another one, into which it was unpacked, says nothing of it.
+    """
     commit, cpu = None, platform.processor() or platform.machine()
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         describe = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, timeout=20).stdout.strip() or None
+        here = {key: value for key, value in os.environ.items() if key not in ("GIT_DIR", "GIT_WORK_TREE")}
+        here["GIT_CEILING_DIRECTORIES"] = str(ROOT.parent)
+        done = subprocess.run(describe, cwd=ROOT, env=here, capture_output=True, text=True, timeout=20)
+        commit = done.stdout.strip() or None
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -146,7 +173,7 @@ def environment(device: torch.device) -> dict:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "commit": commit,
-    }
+    } | ({"processes": cli.processes()} if cli.processes() > 1 else {})
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
@@ -206,7 +233,7 @@ def save_samples(path: Path, images: Tensor) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=images.cpu().numpy())
     write(path, buffer.getvalue())
-    print(f"{len(images)} samples in {path}")
+    cli.tell(f"{len(images)} samples in {path}")
 
 
 class Run:
@@ -220,14 +247,21 @@ class Run:
     def __init__(
         self, name: str, parser: cli.Parser, args: Namespace, report: tuple[dict, ...] = ({},), evaluation: tuple = ()
     ):
-        self.name = name if args.dataset == "mnist" else f"{name}_{args.dataset}"
+        self.name = name if args.dataset == "mnist" else f"{name}_{Path(args.dataset).stem}"
         self.args, self.config, self.evaluation = args, cli.settings(args), evaluation
         self.device = cli.device(args.device)
+        self.follows = cli.rank() > 0  # another process evaluates, draws and writes
+        if cli.processes() > 1 and (args.evaluate or args.sample):
+            raise UserError("torchrun is for training: use --evaluate and --sample without it")
+        if args.batch_size % cli.processes():
+            raise UserError(f"--batch-size {args.batch_size} is no multiple of the {cli.processes()} processes")
+        training.connect(self.device)
         self.environment = environment(self.device)
         self.history: list[dict] = []
         self.frames: dict[int, Tensor] = {}  # epoch -> images (n, 28, 28) uint8, for pictures through the training
         self.peak_memory: float | None = None  # MiB, over all the processes that worked on the run
-        changed = {key: value for key, value in self.config.items() if value != parser.get_default(key)}
+        self.defaults = {key: parser.get_default(key) for key in self.config}
+        changed = {key: value for key, value in self.config.items() if value != self.defaults[key]}
         self.out = args.out or (ROOT if changed in report else ROOT / "out")
         if not args.out and changed not in report:
             self.say(f"not the report's settings ({cli.as_flags(changed)}): everything goes to {self.out}")
@@ -236,7 +270,8 @@ class Run:
 
     def say(self, message: str) -> None:
         """A line about the run, on standard error."""
-        tqdm.write(f"{self.name}: {message}", file=sys.stderr)
+        if not self.follows:
+            cli.say(f"{self.name}: {message}")
 
     def figure(self, name: str) -> Path:
         """Where a picture of this run goes: <out>/figures/<run>_<name>."""
@@ -253,15 +288,49 @@ class Run:
     # Training
 
     def start(self, **parts: Any) -> None:
-        """Begin, or with --resume go on. `parts` (models, optimizers) have state_dict() and load_state_dict()."""
+        """Begin, or with --resume go on. `parts` (models, optimizers) have state_dict() and load_state_dict().
+
+        Of several processes, 0 looks for the checkpoint, and all begin with what it has.
+        """
         self._parts = parts
-        if self.args.resume:
-            if found := self._files("checkpoints"):
-                self._restore(found[0])
-            else:
-                self.say(f"no checkpoint in {self.out / 'checkpoints'}, so this is a fresh start")
+        if not self.follows:
+            self._claim()
+            if self.args.resume:
+                if found := self._files("checkpoints"):
+                    self._restore(found[0])
+                else:
+                    self.say(f"no checkpoint in {self.out / 'checkpoints'}, so this is a fresh start")
+        if cli.processes() > 1:
+            states = torch_bytes({name: part.state_dict() for name, part in parts.items()})
+            states, self.history = training.from_process_0((states, self.history))
+            states = torch.load(io.BytesIO(states), map_location="cpu", weights_only=True)
+            for name, part in parts.items() if self.follows else ():
+                part.load_state_dict(states[name])
         self.first_epoch = len(self.history)
         self._row_begin = time.perf_counter()
+
+    def _claim(self) -> None:
+        """Hold the run's name in its folder until `main` ends, as two at once would mix their files.
+
+        Raises UserError if another process holds it. Where the system knows no such locks (Windows, some networks),
+        nothing is held.
+        """
+        path = self.out / "checkpoints" / f".{self.name}.running.tmp"
+        try:
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                stream = cli.at_end.enter_context(path.open("w"))
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with contextlib.suppress(FileNotFoundError):  # who held it may have removed it since it was opened
+                    if os.stat(path).st_ino == os.fstat(stream.fileno()).st_ino:
+                        break
+        except BlockingIOError:
+            raise UserError(f"another process is training {self.name} into {self.out}: choose another --out") from None
+        except (ImportError, OSError):
+            return
+        cli.at_end.callback(path.unlink, missing_ok=True)
 
     @property
     def elapsed(self) -> float:
@@ -271,14 +340,18 @@ class Run:
     def steps(self, epoch: int, batches: Iterable[Tensor], total: int) -> Iterable[tuple[int, Tensor]]:
         """The epoch's `total` batches with the training step's number, from 0 over the whole run; shows a bar.
 
-        At epoch 0, before training, the numbers run from -total to -1.
+        At epoch 0, before training, the numbers run from -total to -1. Of several processes each gets its share of
+        every batch, and after the last all have the same buffers.
         """
         last = "".join(f"  {key} {value:.4g}" for row in self.history[-1:] for key, value in row.items())
         description = f"{self.name} epoch {epoch}/{self.args.epochs}{last and '  last:'}{last}"
-        return enumerate(cli.progress(batches, description, total), start=(epoch - 1) * total)
+        training.own_noise(self.args.seed, epoch)
+        for step, index in enumerate(cli.progress(batches, description, total), start=(epoch - 1) * total):
+            yield step, training.share(index)
+        training.same_buffers(self._parts.values())
 
     def record(self, epoch: int, **figures: float) -> None:
-        """End an epoch: its row of the history with these figures and its wall time; a line; the checkpoint.
+        """End an epoch: its row of the history with these figures and its wall time; the checkpoint; a line.
 
         A row's `seconds` reach from the row before (from `start`) to here, so each includes the checkpoint that
         precedes it, and nothing between two epochs goes uncounted.
@@ -289,7 +362,6 @@ class Run:
         now = time.perf_counter()
         seconds, self._row_begin = now - self._row_begin, now
         line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        tqdm.write(f"{self.name}  epoch {epoch}/{self.args.epochs}  {line}  {seconds:.1f} s", file=sys.stderr)
         self.history.append({"epoch": epoch, **figures, "seconds": seconds})
         self.peak_memory = max(self.peak_memory or 0, peak_memory_mib(self.device) or 0) or None
         checkpoint = {
@@ -304,6 +376,7 @@ class Run:
         }
         write(self.out / "checkpoints" / f"{self.name}.pt", torch_bytes(checkpoint))
         cli.hint_at_resuming()
+        cli.say(f"{self.name}  epoch {epoch}/{self.args.epochs}  {line}  {seconds:.1f} s")
 
     def _restore(self, path: Path) -> None:
         checkpoint = load_archive(path, "the checkpoint")
@@ -323,16 +396,36 @@ class Run:
 
     # Finishing
 
-    def finish(self, model: nn.Module, evaluate: Callable[[], dict]) -> None:
-        """Write the weights and then the JSON, which thereby tells that all is in place; with --evaluate print the
-        result instead. If no epoch was left to train and the JSON is of these very weights, there is nothing to do."""
+    def finish(self, model: nn.Module, evaluate: Callable[[], dict], draw: Callable[[], None]) -> None:
+        """Draw the pictures, then write the weights and, last, the JSON; with --evaluate print the result instead.
+
+        If no epoch was left to train and the JSON is of these very weights, only the pictures are drawn. Raises
+        RunError if they cannot be, after everything else: a picture must not cost a run. Of several processes, 0 does
+        all this.
+        """
+        training.disconnect()
+        if self.follows:
+            return
+        undrawn = ""
+        try:
+            draw()
+        except MemoryError:
+            undrawn = "out of memory"
+        except Exception as error:  # whatever is wrong with matplotlib or Pillow, the fonts, the disk
+            undrawn = str(error).partition("\n")[0] if isinstance(error, RunError) else repr(error).partition("\n")[0]
+        self._finish(model, evaluate)
+        if undrawn:
+            again = "once that is mended, run again with --resume" if not self.args.evaluate else "the result stands"
+            raise RunError(f"not all pictures could be drawn: {undrawn}; {again}")
+
+    def _finish(self, model: nn.Module, evaluate: Callable[[], dict]) -> None:
         if self.args.evaluate:
-            print(json_bytes(evaluate()).decode(), end="")
+            cli.tell(_result_bytes(evaluate()).decode().rstrip())
             self.unfinished(model).unlink(missing_ok=True)
             return
         weights = weights_bytes(self.name, self.config, model)
         sha256 = hashlib.sha256(weights).hexdigest()
-        if self.first_epoch > self.args.epochs and self._json(sha256):
+        if self.first_epoch > self.args.epochs and self._json(sha256, self.out):
             return
         result = evaluate() | {
             "parameters": sum(each.numel() for each in model.parameters() if each.requires_grad),
@@ -342,18 +435,26 @@ class Run:
         content = {"run": self.name, "config": self.config, "environment": self.environment, "history": self.history}
         content |= {"result": result, "weights_sha256": sha256}
         write(self.out / "weights" / f"{self.name}.pt", weights)
-        write(self.out / "figures" / f"{self.name}.json", json_bytes(content))
+        write(self.out / "figures" / f"{self.name}.json", _result_bytes(content))
         self.unfinished(model).unlink(missing_ok=True)
 
     def load(self, model: nn.Module) -> None:
-        """Load this run's weights, and the history of its JSON. Raises UserError if there are none of this config."""
+        """Load this run's weights, and the history of its JSON. Raises UserError if there are none of this config.
+
+        They are those in the run's folder or, where it has none, the repository's.
+        """
         path = self.out / "weights" / f"{self.name}.pt"
         wrong = "do not exist: train first, with the same flags but --evaluate or --sample"
         for path in self._files("weights"):
             archive = load_archive(path, "the weights")
+            if isinstance(archive.get("config"), dict):  # older than some flags, whose defaults change nothing
+                archive["config"] = self.defaults | archive["config"]
             if not (wrong := mismatch(archive, self.name, self.config, but_for=self.evaluation)):
                 load_state(model, archive, path, "the weights")
-                self.history = self._json(hashlib.sha256(path.read_bytes()).hexdigest()).get("history", [])
+                if self.out not in path.parents:
+                    self.say(f"none in {self.out}, so these are the weights {path}")
+                sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+                self.history = self._json(sha256, path.parents[1]).get("history", [])
                 return
         raise UserError(f"the weights {path} {wrong}")
 
@@ -362,15 +463,15 @@ class Run:
         sha256 = hashlib.sha256(weights_bytes(self.name, {}, model)).hexdigest()
         return self.out / "checkpoints" / f"{self.name}_evaluation_{sha256[:16]}.pt"
 
-    def _json(self, weights_sha256: str) -> dict:
-        """What the run's JSON holds; nothing if there is none of these weights."""
+    def _json(self, weights_sha256: str, place: Path) -> dict:
+        """What the run's JSON in `place`/figures holds; nothing if there is none of these weights."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            content = json.loads((self.out / "figures" / f"{self.name}.json").read_bytes())
+            content = json.loads((place / "figures" / f"{self.name}.json").read_bytes())
             if content["weights_sha256"] == weights_sha256:
                 return content
         return {}
 
     def _files(self, kind: str) -> list[Path]:
         """The run's existing "weights" or "checkpoints". A trial may find the report's, if only to say what differs."""
-        places = [self.out] if self.args.out else [self.out, ROOT]
+        places = dict.fromkeys([self.out] if self.args.out and kind == "checkpoints" else [self.out, ROOT])
         return [path for path in (place / kind / f"{self.name}.pt" for place in places) if path.exists()]

@@ -12,16 +12,19 @@ of the report. G circles the equilibrium and does not come to rest, so samples c
 """
 
 import copy
+import functools
 import math
 import sys
 
+import cli  # before torch is loaded
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-import cli
 import judge
 import mnist
 import pictures
@@ -34,6 +37,9 @@ EVALUATION_BATCH = 1000
 SIDE = 5  # images along each side of a panel
 INTERPOLATIONS, POINTS = 8, 9  # rows, and images in a row, both ends included
 NEAREST = 20  # samples that are shown beside their nearest training images
+PROBE, PROBE_EVERY, PROBE_EARLY = 5000, 8, (1, 2, 4)  # samples that the judge sees in training, and after which epochs
+FRESH_BETAS = (0.9, 0.999)  # of a discriminator that is trained against the finished generator
+NOISES = 5  # lots of noise that the distance's spread is taken over
 
 
 # Model
@@ -49,15 +55,28 @@ def discriminator_block(inputs: int, outputs: int, leak: float, dropout: float) 
     return nn.Sequential(nn.Linear(inputs, outputs), nn.LeakyReLU(leak), nn.Dropout(dropout))
 
 
+def shifted(x: Tensor, shift: int) -> Tensor:
+    """Images (batch, 784), each moved by a random number of pixels of its own, up to `shift` down, up and sideways.
+
+    Background, -1, moves in. What is lost at the edges is background in MNIST, whose digits keep 4 pixels from them.
+    """
+    side, across = mnist.SIDE + 2 * shift, torch.arange(mnist.SIDE, device=x.device)
+    padded = F.pad(x.view(-1, mnist.SIDE, mnist.SIDE), (shift,) * 4, value=-1.0).flatten(1)
+    down, right = torch.randint(2 * shift + 1, (2, len(x), 1), device=x.device)
+    window = (side * across[:, None] + across).flatten()  # (784,), where an unmoved corner's image lies in `padded`
+    return padded.gather(1, side * down + right + window)
+
+
 class GAN(nn.Module):
     """Generator and discriminator, and the moving average of the generator's weights, which is not trained itself.
 
-    z_dim: numbers of noise; leak: slope of every leaky ReLU below 0; dropout: share of D's units that it drops.
+    z_dim: numbers of noise; leak: slope of every leaky ReLU below 0; dropout: share of D's units that it drops; shift:
+    by how many pixels at most every image that D sees is moved in training.
     """
 
-    def __init__(self, z_dim: int, leak: float, dropout: float):
+    def __init__(self, z_dim: int, leak: float, dropout: float, shift: int):
         super().__init__()
-        self.z_dim = z_dim
+        self.z_dim, self.shift = z_dim, shift
         hidden = (generator_block(units, leak) for units in (128, 256, 512))
         self.generator = nn.Sequential(
             nn.Linear(z_dim, 128), nn.LeakyReLU(leak), *hidden, nn.Linear(1024, mnist.PIXELS), nn.Tanh()
@@ -72,12 +91,14 @@ class GAN(nn.Module):
 
     def discriminate(self, x: Tensor) -> Tensor:
         """Images (batch, 784) in [-1, 1] to the logits of their being real, (batch,)."""
+        if self.training and self.shift:  # generated images too, or G would learn to shift its own (Zhao et al. 2020)
+            x = shifted(x, self.shift)
         return self.discriminator(x).squeeze(-1)
 
 
 def build(config: dict) -> GAN:
     """The model of a run's config, untrained."""
-    return GAN(config["z_dim"], config["leak"], config["dropout"])
+    return GAN(config["z_dim"], config["leak"], config["dropout"], config.get("shift", 0))  # older weights lack it
 
 
 # Objective
@@ -121,10 +142,13 @@ def generator_objective(model: GAN, z: Tensor) -> Tensor:
 # Training
 
 
-def draw_batch(images: Tensor, index: Tensor, z_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Real images (batch, 784) in [-1, 1], and noise (batch, z_dim) for D's loss and for G's."""
-    z = torch.randn(2, len(index), z_dim, device=images.device)
-    return scaled(images.index_select(0, index)), z[0], z[1]
+def draw_batch(images: Tensor, index: Tensor, z_dim: int, d_steps: int = 1) -> tuple[Tensor, Tensor]:
+    """Real images (d_steps, batch, 784) in [-1, 1], index being (d_steps * batch,); noise (d_steps + 1, batch, z_dim).
+
+    Images and noise for each step of D, then noise for G's.
+    """
+    x = scaled(images.index_select(0, index)).view(d_steps, -1, images.shape[1])
+    return x, torch.randn(d_steps + 1, x.shape[1], z_dim, device=images.device)
 
 
 def make_optimizers(model: GAN, lr: float, betas: tuple[float, float]) -> tuple[Optimizer, Optimizer]:
@@ -132,52 +156,74 @@ def make_optimizers(model: GAN, lr: float, betas: tuple[float, float]) -> tuple[
     return tuple(training.adam(each.parameters(), lr, betas=betas) for each in (model.discriminator, model.generator))
 
 
-def training_step(
-    model: GAN, optimizers: tuple[Optimizer, Optimizer], images: Tensor, index: Tensor, weight: float | Tensor
-) -> Tensor:
-    """One step of Adam down L_D on images[index], (batch,) of images (n, 784) uint8, one down L_G, one of the average.
+def discriminator_step(model: GAN, optimizer: Optimizer, x: Tensor, z: Tensor) -> Tensor:
+    """One step of Adam down L_D on images x (batch, 784) and noise z. Returns loss_d, D's mean outputs: (3,), detached.
 
-    weight: of the new weights in the average. Returns loss_d, loss_g, and D's mean outputs on real and on fake images,
-    (4,), detached. `backward` is told whose gradients to compute, so that neither step leaves any in the other network.
-    Nothing here waits for the device.
+    `backward` is told whose gradients to compute, here and in `training_step`, so that no step leaves any in the other
+    network.
+    """
+    loss, outputs = discriminator_objective(model, x, z)
+    optimizer.zero_grad()
+    loss.backward(inputs=list(model.discriminator.parameters()))
+    optimizer.step()
+    return torch.stack((loss.detach(), *outputs))
+
+
+def training_step(
+    model: GAN,
+    optimizers: tuple[Optimizer, Optimizer],
+    images: Tensor,
+    index: Tensor,
+    weight: float | Tensor,
+    d_steps: int = 1,
+) -> Tensor:
+    """`d_steps` steps of Adam down L_D, one down L_G, one of the average, on images[index] of images (n, 784) uint8.
+
+    index: (d_steps * batch,); weight: of the new weights in the average. Returns loss_d, loss_g, and D's mean outputs
+    on real and on fake images, (4,), detached; of several steps of D the mean. Nothing here waits for the device.
     """
     optimizer_d, optimizer_g = optimizers
-    x, z_d, z_g = draw_batch(images, index, model.z_dim)
-    loss_d, outputs = discriminator_objective(model, x, z_d)
-    optimizer_d.zero_grad()
-    loss_d.backward(inputs=list(model.discriminator.parameters()))
-    optimizer_d.step()
+    x, (*z_d, z_g) = draw_batch(images, index, model.z_dim, d_steps)
+    loss_d, *outputs = torch.stack([discriminator_step(model, optimizer_d, *each) for each in zip(x, z_d)]).mean(0)
     loss_g = generator_objective(model, z_g)
     optimizer_g.zero_grad()
     loss_g.backward(inputs=list(model.generator.parameters()))
     optimizer_g.step()
     training.update_ema(model.average, model.generator, weight)
-    return torch.stack((loss_d.detach(), loss_g.detach(), *outputs))
+    return torch.stack((loss_d, loss_g.detach(), *outputs))
 
 
 @torch.no_grad()
 def untrained_step(model: GAN, images: Tensor, index: Tensor) -> Tensor:
     """What `training_step` returns, without its updates."""
-    x, z_d, z_g = draw_batch(images, index, model.z_dim)
+    (x, *_), (z_d, *_, z_g) = draw_batch(images, index, model.z_dim)
     loss_d, outputs = discriminator_objective(model, x, z_d)
     return torch.stack((loss_d, generator_objective(model, z_g), *outputs))
 
 
 def train(run: Run, model: GAN, data: mnist.Data) -> None:
-    """Play the game for the run's epochs on all 60,000 images, recording the means over each epoch's own steps."""
+    """Play the game for the run's epochs on all 60,000 images, recording the means over each epoch's own steps.
+
+    After some epochs the judge, if there is one, compares samples of the average with the validation images.
+    """
     args = run.args
     images = data.images.flatten(1)
-    steps = mnist.steps_per_epoch(len(images), args.batch_size)
+    per_step = args.batch_size * args.d_steps
+    steps = mnist.steps_per_epoch(len(images), per_step)
+    judged_by = None if run.follows else judge.find(run, quiet=True)
+    real = judge.described(judged_by, data.validation_images) if judged_by else None
     optimizers = make_optimizers(model, args.lr, args.betas)
     run.start(model=model, optimizer_d=optimizers[0], optimizer_g=optimizers[1])
-    take_step = training.CapturedStep(lambda *batch: training_step(model, optimizers, images, *batch), run.device)
+    take_step = training.CapturedStep(
+        lambda *batch: training_step(model, optimizers, images, *batch, args.d_steps), run.device
+    )
     figures = torch.zeros(steps, 4, device=run.device)
     settling = fixed_normal("settling", args.settling, model.z_dim).to(run.device)
     settling = settling.chunk(-(-args.settling // EVALUATION_BATCH))  # of equal size, as they count alike
     for epoch in range(run.first_epoch, args.epochs + 1):
         model.train()
         untrained = copy.deepcopy(model) if epoch == 0 else None  # whose batch norm may count the pass
-        for step, index in run.steps(epoch, mnist.batches(len(images), args.batch_size, run.device), steps):
+        for step, index in run.steps(epoch, mnist.batches(len(images), per_step, run.device), steps):
             if epoch > 0:
                 figures[step % steps] = take_step(index, training.ema_weight(step, args.decay))
             else:
@@ -186,33 +232,90 @@ def train(run: Run, model: GAN, data: mnist.Data) -> None:
         update_bn(settling, model.average)  # averaged weights have no statistics of their own
         named = dict(zip(("loss_d", "loss_g", "d_real", "d_fake"), figures.T))
         training.check_finite(epoch, **named)
+        if run.follows:
+            continue
         run.frames[epoch] = panel(model).cpu()
-        run.record(epoch, **{name: float(values.cpu().double().mean()) for name, values in named.items()})
+        row = {name: float(values.cpu().double().mean()) for name, values in named.items()}
+        if judged_by and (epoch in PROBE_EARLY or epoch % PROBE_EVERY == 0 or epoch == args.epochs):
+            verdict = judge.compared(judge.described(judged_by, sample(model.average, PROBE)), real)
+            row |= {f"val_{key}": verdict[key] for key in judge.MEASURES}
+        run.record(epoch, **row)
 
 
 # Evaluation
 
 
-def evaluate(run: Run, model: GAN, data: mnist.Data) -> dict:
-    """The `result` of a trained model: the judge's verdict on samples against the test set.
+def evaluate(run: Run, model: GAN, data: mnist.Data, fresh: list[float]) -> dict:
+    """The `result` of a trained model: the judge's verdict on samples against the test set, and what it leaves out.
 
-    `unaveraged` is the verdict on what the generator draws with the weights of the last step, `validation` that on the
-    averaged one's samples against the validation set, by which settings are chosen.
+    `validation` is the verdict on the same samples against the validation set, by which settings are chosen,
+    `over_noise` that on other lots of noise, `unaveraged` that on what the generator draws with the weights of the last
+    step. `fresh`, from `fresh_losses`, ends in a bound on how far the generator is from the data. `nearest` has the
+    distances of samples to their nearest training images, and, to compare, of test images to theirs, of each half.
     """
-    result = {"seconds_per_1000_samples": seconds_per_1000(lambda n: sample(model.average, n), run.device)}
+    images = sample(model.average, judge.JUDGED)
+    result = {
+        "seconds_per_1000_samples": seconds_per_1000(lambda n: sample(model.average, n), run.device),
+        "fresh_discriminator": {"loss": fresh, "jsd_at_least": max(0.0, (math.log(4) - fresh[-1]) / 2)},
+        "nearest": {name: centre(nearest(each[::2], data.images)[1]) for name, each in
+                    (("samples", images), ("test_images", data.test_images))},
+    }  # fmt: skip
     if judged_by := judge.find(run):
-        images = sample(model.average, judge.JUDGED)
-        result |= judge.verdict(judged_by, images, data.test_images)
-        result["validation"] = judge.verdict(judged_by, images, data.validation_images)
-        result["unaveraged"] = judge.verdict(judged_by, sample(model.generator, judge.JUDGED), data.test_images)
+        test, validation = (judge.described(judged_by, each) for each in (data.test_images, data.validation_images))
+        seen = judge.described(judged_by, images)
+        result |= judge.compared(seen, test)
+        result["validation"] = judge.compared(seen, validation)
+        result["unaveraged"] = judge.compared(judge.described(judged_by, sample(model.generator, judge.JUDGED)), test)
+        others = (sample(model.average, judge.JUDGED, f"samples {noise}") for noise in range(1, NOISES))
+        verdicts = [result, *(judge.compared(judge.described(judged_by, each), test) for each in others)]
+        result["over_noise"] = [{key: each[key] for key in judge.MEASURES} for each in verdicts]
     return result
 
 
+def fresh_losses(run: Run, model: GAN, data: mnist.Data) -> list[float]:
+    """L_D, in nats, of a new discriminator against the finished average: untrained, and after each --fresh-epochs.
+
+    It is trained as the game trains, but with the common betas, as its opponent does not move, and it is measured in
+    evaluation mode on images that neither network has seen: the test set, and as many from noise of their own. As
+    V(D, G) <= 2 JSD - log 4 for every D, the Jensen-Shannon divergence of the generator's images and the data's is at
+    least (log 4 - L_D)/2.
+    """
+    torch.manual_seed(0)
+    images, game = data.images.flatten(1), build(run.config).to(run.device)
+    game.generator.load_state_dict(model.average.state_dict())
+    optimizer = training.adam(game.discriminator.parameters(), run.args.lr, betas=FRESH_BETAS)
+    real = scaled(data.test_images.flatten(1))
+    z = fixed_normal("fresh", len(real), model.z_dim).to(run.device)
+    losses = []
+    for epoch in range(run.args.fresh_epochs + 1):
+        if epoch > 0:
+            game.train()
+            game.generator.eval()
+            drawn = mnist.batches(len(images), run.args.batch_size, run.device)
+            steps = mnist.steps_per_epoch(len(images), run.args.batch_size)
+            for index in cli.progress(drawn, f"fresh discriminator {epoch}/{run.args.fresh_epochs}", steps):
+                (x,), (z_d, _) = draw_batch(images, index, model.z_dim)
+                discriminator_step(game, optimizer, x, z_d)
+        game.eval()
+        with torch.inference_mode():
+            logits = (
+                torch.cat([game.discriminate(part) for part in real.split(EVALUATION_BATCH)]),
+                torch.cat([game.discriminate(game.generate(part)) for part in z.split(EVALUATION_BATCH)]),
+            )
+            losses.append(float(discriminator_loss(*logits)))
+    return losses
+
+
+def centre(distances: Tensor) -> dict:
+    """Mean and median of distances (n,)."""
+    return {"mean": float(distances.mean()), "median": float(distances.median())}
+
+
 @torch.inference_mode()
-def sample(generator: nn.Module, n: int) -> Tensor:
-    """Images of n noise vectors: (n, 28, 28) uint8, of the same noise in every call."""
+def sample(generator: nn.Module, n: int, noise: str = "samples") -> Tensor:
+    """Images of n noise vectors: (n, 28, 28) uint8, of the same noise in every call, as `noise` names it."""
     first = generator[0].weight  # (128, z_dim)
-    z = fixed_normal("samples", n, first.shape[1]).to(first.device)
+    z = fixed_normal(noise, n, first.shape[1]).to(first.device)
     return torch.cat([generated(generator, part) for part in z.split(EVALUATION_BATCH)])
 
 
@@ -225,12 +328,15 @@ def generated(generator: nn.Module, z: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def nearest(images: Tensor, among: Tensor, block: int = 100) -> Tensor:
-    """Of each image (n, 28, 28) uint8 the image of `among` (m, 28, 28) at the least Euclidean distance: (n, 28, 28)."""
+def nearest(images: Tensor, among: Tensor, block: int = 100) -> tuple[Tensor, Tensor]:
+    """Of each image (n, 28, 28) uint8 the image of `among` (m, 28, 28) at the least Euclidean distance, and that.
+
+    Returns (n, 28, 28) uint8, and the distances (n,) in grey values.
+    """
     rows, others = images.flatten(1).float(), among.flatten(1).float()
     squares = others.square().sum(1)
-    index = [(squares - 2 * part @ others.T).argmin(1) for part in rows.split(block)]
-    return among[torch.cat(index)]
+    found = among[torch.cat([(squares - 2 * part @ others.T).argmin(1) for part in rows.split(block)])]
+    return found, (rows - found.flatten(1)).norm(dim=1)
 
 
 # Pictures
@@ -242,9 +348,9 @@ def panel(model: GAN) -> Tensor:
     return generated(model.average, z)
 
 
-def draw(run: Run, model: GAN, data: mnist.Data) -> None:
+def draw(run: Run, model: GAN, data: mnist.Data, fresh: list[float]) -> None:
     """Draw curves and panels from the history and the frames, everything else from the weights."""
-    draw_losses(run)
+    draw_losses(run, fresh)
     frames = {**run.frames, run.args.epochs: panel(model)}
     for epoch in frames.keys() & run.panels(0, 0.01, 0.04, 0.5, 1):
         pictures.save_grid(run.figure(f"samples_{run.stamp(epoch)}"), frames[epoch], columns=SIDE)
@@ -253,35 +359,55 @@ def draw(run: Run, model: GAN, data: mnist.Data) -> None:
     path = training.slerp(*different_pairs(model, judge.find(run, quiet=True)), POINTS).flatten(0, 1)
     pictures.save_grid(run.figure("interpolation"), generated(model.average, path), columns=POINTS)
     images = sample(model.average, NEAREST)
-    rows = zip(images.split(NEAREST // 2), nearest(images, data.images).split(NEAREST // 2))
+    rows = zip(images.split(NEAREST // 2), nearest(images, data.images)[0].split(NEAREST // 2))
     pictures.save_grid(run.figure("nearest"), torch.cat([row for pair in rows for row in pair]), columns=NEAREST // 2)
 
 
-def draw_losses(run: Run) -> None:
-    """Both losses and D's mean outputs per epoch, each with its value where D cannot tell real from fake."""
-    if not run.history:
+def draw_losses(run: Run, fresh: list[float]) -> None:
+    """The judge's figures, by how much both losses exceed log 4 and log 2, and D's mean outputs, against the epoch.
+
+    Epochs from 1 on, on a logarithmic axis. fresh: the losses of a new discriminator, drawn at its own epochs.
+    """
+    history = [row for row in run.history if row["epoch"] > 0]
+    judged = [row for row in history if "val_fid" in row]
+    if not history:
         return
-    epochs = [row["epoch"] for row in run.history]
-    fig, (losses, outputs) = pictures.figure(5.2, 4.6, rows=2)
-    lines = (
-        (losses, "loss_d", "discriminator", pictures.FIRST_COLOUR, "-"),
-        (losses, "loss_g", "generator", pictures.SECOND_COLOUR, "--"),
-        (outputs, "d_real", "on real images", pictures.FIRST_COLOUR, "-"),
-        (outputs, "d_fake", "on generated images", pictures.SECOND_COLOUR, "--"),
-    )
-    for ax, key, label, colour, style in lines:
-        ax.plot(epochs, [row[key] for row in run.history], style, color=colour, label=label)
-    for ax, value, name in ((losses, math.log(4), "log 4"), (losses, math.log(2), "log 2"), (outputs, 0.5, "1/2")):
-        ax.axhline(value, color=pictures.MARK_COLOUR, linestyle=":", linewidth=1)
-        ax.annotate(
-            name, (1.01, value), xycoords=("axes fraction", "data"), va="center", color=pictures.MARK_COLOUR, fontsize=8
-        )
+    fig, (*above, losses, outputs) = pictures.figure(5.2, 6.4 if judged else 4.6, rows=3 if judged else 2)
+    first, second, third = pictures.FIRST_COLOUR, pictures.SECOND_COLOUR, pictures.MARK_COLOUR
+    lines = [
+        (losses, history, "loss_d", math.log(4), "discriminator, less log 4", "-", first),
+        (losses, history, "loss_g", math.log(2), "generator, less log 2", "--", second),
+        (outputs, history, "d_real", 0, "on real images", "-", first),
+        (outputs, history, "d_fake", 0, "on generated images", "--", second),
+    ]
+    if fresh[1:]:
+        rows = [{"epoch": epoch, "loss_d": loss} for epoch, loss in enumerate(fresh)][1:]
+        label = "new discriminator, less log 4, after its own\nepochs against the finished generator"
+        lines.append((losses, rows, "loss_d", math.log(4), label, ".:", third))
+    for distance in above:
+        shares = distance.twinx()
+        lines += [
+            (distance, judged, "val_fid", 0, None, ".-", first),
+            (shares, judged, "val_precision", 0, "precision", ".--", second),
+            (shares, judged, "val_recall", 0, "recall", ".:", third),
+        ]
+        distance.set(yscale="log", title=f"{PROBE:,} samples against validation images")
+        distance.set_ylabel("Frechet distance", color=first)
+        distance.yaxis.set_major_formatter("{x:g}")
+        distance.yaxis.set_minor_formatter("")
+        shares.set(ylabel="precision, recall", ylim=(0, 1))
+    for ax, rows, key, less, label, style, colour in lines:
+        ax.plot([row["epoch"] for row in rows], [row[key] - less for row in rows], style, color=colour, label=label)
+    for ax, value in ((losses, 0), (outputs, 0.5)):
+        ax.axhline(value, color=third, linestyle=":", linewidth=1)
     losses.set(ylabel="loss, nats", title="The game, mean over each epoch's steps")
-    outputs.set(xlabel="epoch", ylabel="mean output of D")
-    outputs.xaxis.get_major_locator().set_params(integer=True)
-    for ax in (losses, outputs):
+    outputs.set(xlabel="epoch", ylabel="mean output of D", xscale="log")
+    outputs.xaxis.set_major_formatter("{x:g}")
+    for ax in (*above, losses, outputs):
         ax.grid(alpha=0.3)
-        ax.legend(frameon=False)
+    for ax in fig.axes:
+        if ax not in above:
+            ax.legend(frameon=False, fontsize=7, loc="best" if ax in (losses, outputs) else "center right")
     pictures.save_figure(run.figure("losses"), fig)
 
 
@@ -306,15 +432,22 @@ def different_pairs(model: GAN, judged_by: judge.Judge | None) -> tuple[Tensor, 
 
 def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
-    parser = cli.Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(__doc__)
     cli.add_flags(parser, epochs=200, batch_size=256, lr=5e-4, betas=(0.0, 0.999))
     count, share = cli.positive_int, cli.fraction
     parser.add_argument("--z-dim", type=count, default=100, metavar="N", help="numbers of noise")
     parser.add_argument("--leak", type=share, default=0.2, metavar="X", help="slope of every leaky ReLU below 0")
     parser.add_argument("--dropout", type=share, default=0.3, metavar="X", help="share of D's units that are dropped")
+    parser.add_argument(
+        "--shift", type=cli.nonnegative_int, default=0, metavar="N", help="pixels by which D's images are moved at most"
+    )
+    parser.add_argument("--d-steps", type=count, default=1, metavar="N", help="steps of D to one of G")
     parser.add_argument("--decay", type=share, default=0.999, metavar="X", help="of the moving average of G's weights")
     parser.add_argument(
         "--settling", type=count, default=5000, metavar="N", help="noise vectors for the average's batch norm"
+    )
+    parser.add_argument(
+        "--fresh-epochs", type=cli.nonnegative_int, default=8, metavar="N", help="of a new D against the finished G"
     )
     return parser
 
@@ -324,9 +457,9 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --evaluate or --sample use what was trained."""
     parser = flags()
     args = parser.parse_args(argv)
-    if 1 in (args.batch_size, args.settling):
-        raise UserError("--batch-size 1 or --settling 1: batch norm needs at least 2 images to a batch")
-    run = Run("gan", parser, args)
+    if args.batch_size < 2 * cli.processes() or args.settling == 1:
+        raise UserError("--batch-size or --settling: batch norm needs at least 2 images to a (process's) batch")
+    run = Run("gan", parser, args, evaluation=("fresh_epochs",))
     torch.manual_seed(args.seed)
     model = build(run.config).to(run.device).eval()
     if args.evaluate or args.sample:
@@ -337,8 +470,8 @@ def main(argv: list[str] | None = None) -> None:
     data = mnist.load(args.dataset, args.data_dir, run.device)
     if not args.evaluate:
         train(run, model, data)
-    draw(run, model, data)
-    run.finish(model, lambda: evaluate(run, model, data))
+    fresh = functools.cache(lambda: fresh_losses(run, model, data))
+    run.finish(model, lambda: evaluate(run, model, data, fresh()), lambda: draw(run, model, data, fresh()))
 
 
 if __name__ == "__main__":

@@ -3,55 +3,65 @@
 A small convolutional classifier, trained once on the 60,000 training images and frozen from then on
 (weights/judge.pt). Its 128 penultimate features are the space in which sets of images are compared: by the Frechet
 distance (Heusel et al. 2017) and by precision and recall (Kynkaanniemi et al. 2019). Its answers count the classes.
-The distances mean nothing beside those of another judge, so the floor is printed with them: what real training images
-get in place of samples.
+The distances mean nothing beside those of another judge, and they fall with the number of samples, so the floor is
+printed with them: mean and range of what as many random training images get in place of samples.
 
     python code/judge.py figures/vae_z20_samples.npz    # a row for each file of samples
     python code/judge.py --train                        # the judge itself, where its weights are missing
+    python code/judge.py --train --dataset PATH         # one of other images, if they have labels
+    python code/judge.py --floor                        # the floor in figures/judge.json, of the judge that is there
 """
 
 import hashlib
+import json
+import shlex
+import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import cli  # before torch is loaded
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cli
 import experiment
 import mnist
 import training
 from cli import ROOT, UserError
 
-DATASET = "mnist"  # what the judge is trained on
 SETTINGS = {"epochs": 7, "batch_size": 128, "lr": 2e-3, "seed": 0, "shift": 1}  # of its training
+MEASURES = ("fid", "precision", "recall")
 NEIGHBOURS = 3  # of which the farthest sets an image's radius
 JUDGED = 10_000  # samples of a model
+DRAWS = 5  # of real images, for the floor
+SURE = 0.85  # of its confidence in real images the judge has in all digits, if only the worst models' (0.87 and more)
 FEWEST = 1000  # samples that a file may hold: fewer say little
 BLOCK = 100  # images at once, in evaluation: small enough to stay in the cache
 
 
 class Judge(nn.Module):
-    """A classifier of digits: two convolutions with pooling, 128 features, ten classes.
+    """A classifier, of ten digits if not told otherwise: two convolutions with pooling, 128 features.
 
     The features are taken before their ReLU, which would fold half of the space onto its walls: after it, uniform noise
     fell within the radius of a few real images.
     """
 
-    def __init__(self):
+    def __init__(self, classes: int = 10):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Flatten(), nn.Linear(64 * 7 * 7, 128),
         )  # fmt: skip
-        self.head = nn.Linear(128, 10)
+        self.head = nn.Linear(128, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (batch, 28, 28) uint8 to features (batch, 128) and the classes' logits (batch, 10)."""
+        """Images (batch, 28, 28) uint8 to features (batch, 128) and the logits (batch, classes)."""
         features = self.body((images.float() / 255).unsqueeze(1))
         return features, self.head(features.relu())
 
@@ -59,10 +69,11 @@ class Judge(nn.Module):
 def train(
     data: mnist.Data, device: torch.device, epochs: int, batch_size: int, lr: float, seed: int, shift: int
 ) -> tuple[Judge, list[dict]]:
-    """The judge, trained on all 60,000 images, and its history."""
+    """The judge, trained on all images that are not test, and its history."""
     torch.manual_seed(seed)
-    model = Judge().to(device)
+    model = Judge(data.classes).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    batch_size = min(batch_size, len(data.images))
     steps = len(data.images) // batch_size
     losses = torch.zeros(steps, device=device)
     history = []
@@ -79,8 +90,8 @@ def train(
             optimizer.step()
             losses[step] = loss.detach()
         row = {"epoch": epoch, "loss": float(losses.mean()), "seconds": time.perf_counter() - begin}
-        print(f"judge  epoch {epoch}/{epochs}  loss {row['loss']:.4f}  {row['seconds']:.1f} s", file=sys.stderr)
         history.append(row)
+        cli.say(f"judge  epoch {epoch}/{epochs}  loss {row['loss']:.4f}  {row['seconds']:.1f} s")
     return model, history
 
 
@@ -92,7 +103,7 @@ def shifted(images: Tensor, shift: int) -> Tensor:
 
 @torch.inference_mode()
 def features_and_logits(model: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (n, 128) in float64 and the classes' logits (n, 10) of images (n, 28, 28) uint8, both on the CPU."""
+    """Features (n, 128) in float64 and the logits (n, classes) of images (n, 28, 28) uint8, both on the CPU."""
     device = next(model.parameters()).device
     parts = [model(part.to(device)) for part in images.split(BLOCK)]
     features, logits = (torch.cat(each).cpu() for each in zip(*parts))
@@ -125,50 +136,87 @@ def squared_radii(features: Tensor) -> Tensor:
     return torch.cat([squared_distances(part, features).topk(count, largest=False).values[:, -1] for part in parts])
 
 
-def covered(features: Tensor, by: Tensor) -> float:
-    """Share of the rows of `features` that lie within the radius of at least one row of `by`."""
-    reach = squared_radii(by)
+def covered(features: Tensor, by: Tensor, reach: Tensor) -> float:
+    """Share of the rows of `features` that lie within the radius of at least one row of `by`.
+
+    features: (n, d); by: (m, d); reach: (m,), the radii's squares.
+    """
     inside = [(squared_distances(part, by) <= reach).any(1) for part in features.split(BLOCK)]
     return float(torch.cat(inside).double().mean())
 
 
-def verdict(model: Judge, images: Tensor, reference: Tensor) -> dict:
-    """fid, precision, recall and class_counts of images (n, 28, 28) uint8 against those of `reference`.
+class Described(NamedTuple):
+    """What the judge makes of n images: features (n, 128), their squared radii (n,), the classes' logits (n, 10)."""
 
-    Precision is the share of images near a real one, recall the share of real ones near an image, nearness being within
-    the distance of a NEIGHBOURS-th nearest neighbour.
-    """
+    features: Tensor
+    reach: Tensor
+    logits: Tensor
+
+
+def described(model: Judge, images: Tensor) -> Described:
+    """Images (n, 28, 28) uint8 as the judge sees them; a reference is described once for all that is compared to it."""
     features, logits = features_and_logits(model, images)
-    real, _ = features_and_logits(model, reference)
+    return Described(features, squared_radii(features), logits)
+
+
+def compared(samples: Described, real: Described) -> dict:
+    """fid, precision, recall and class_counts of samples against real images.
+
+    Precision is the share of samples near a real image, recall the share of real ones near a sample, nearness being
+    within the distance of a NEIGHBOURS-th nearest neighbour.
+    """
     return {
-        "fid": frechet_distance(features, real),
-        "precision": covered(features, by=real),
-        "recall": covered(real, by=features),
-        "class_counts": logits.argmax(1).bincount(minlength=10).tolist(),
+        "fid": frechet_distance(samples.features, real.features),
+        "precision": covered(samples.features, real.features, real.reach),
+        "recall": covered(real.features, samples.features, samples.reach),
+        "class_counts": samples.logits.argmax(1).bincount(minlength=samples.logits.shape[1]).tolist(),
     }
 
 
-def load(device: torch.device, root: Path = ROOT) -> Judge:
-    """The frozen judge. Raises UserError if its weights are missing or damaged: it is never trained silently.
+def verdict(model: Judge, images: Tensor, reference: Tensor) -> dict:
+    """What `compared` says of images (n, 28, 28) uint8 against those of `reference`."""
+    return compared(described(model, images), described(model, reference))
+
+
+def name_of(dataset: str | Path) -> str:
+    """The name of the judge of a data set, as in weights/<name>.pt: `judge` for MNIST."""
+    return "judge" if dataset == "mnist" else f"judge_{Path(dataset).stem}"
+
+
+def home(dataset: str | Path) -> Path:
+    """Where a judge is without --out: MNIST's in the repository, others beside the trials, in out/."""
+    return ROOT if dataset == "mnist" else ROOT / "out"
+
+
+def load(device: torch.device, root: Path = ROOT, dataset: str | Path = "mnist") -> Judge:
+    """The frozen judge of a data set. Raises UserError if its weights are missing, damaged or of other data: it is
+    never trained silently.
 
     The random numbers that its layers start from are not taken from the caller's.
     """
-    path = root / "weights" / "judge.pt"
+    path = root / "weights" / f"{name_of(dataset)}.pt"
+    command = "python code/judge.py --train" + ("" if dataset == "mnist" else f" --dataset {shlex.quote(str(dataset))}")
     if not path.exists():
-        raise UserError(f"no judge at {path}: train it with: python code/judge.py --train")
+        raise UserError(f"no judge at {path}: train it with: {command}")
+    restore = "git checkout weights/judge.pt" if dataset == "mnist" else command
+    archive = experiment.load_archive(path, "the judge", f"restore it with: {restore}")
+    config = archive.get("config")
+    theirs = config.get("dataset", "mnist") if isinstance(config, dict) else "mnist"
+    if theirs != cli.dataset_name(dataset):
+        raise UserError(f"the judge {path} is of {theirs}, not of {cli.dataset_name(dataset)}")
     with torch.random.fork_rng(devices=[]):
-        model = Judge().to(device)
-    archive = experiment.load_archive(path, "the judge", "restore it with: git checkout weights/judge.pt")
+        model = Judge(config["classes"] if isinstance(config, dict) and "classes" in config else 10).to(device)
     experiment.load_state(model, archive, path, "the judge")
     return model
 
 
 def find(run: experiment.Run, quiet: bool = False) -> Judge | None:
     """The judge of the run's data. Where there is none, None and, unless `quiet`, a line on what the result lacks."""
+    dataset = run.args.dataset
     try:
-        if run.args.dataset != DATASET:
-            raise UserError(f"the judge knows {DATASET} only")
-        return load(run.device)
+        if dataset != "mnist" and (run.out / "weights" / f"{name_of(dataset)}.pt").exists():
+            return load(run.device, run.out, dataset)
+        return load(run.device, home(dataset), dataset) if dataset != "mnist" else load(run.device)
     except UserError as error:
         if not quiet:
             run.say(f"the result is without fid, precision, recall and class_counts: {error}")
@@ -198,53 +246,121 @@ def read_samples(path: Path) -> Tensor:
     return torch.from_numpy(images)
 
 
-HEAD = "  Frechet  precision  recall  " + " ".join(f"{digit:5d}" for digit in range(10))
+def confidence(seen: Described) -> float:
+    """The judge's mean confidence in its answers."""
+    return float(seen.logits.softmax(1).amax(1).mean())
+
+
+def head(classes: int) -> str:
+    """The head of the table."""
+    return "  Frechet  precision  recall  " + " ".join(f"{number:5d}" for number in range(classes))
 
 
 def row(name: str, result: dict) -> str:
-    """A line of the table, below HEAD."""
-    counts = " ".join(f"{count:5d}" for count in result["class_counts"])
+    """A line of the table, below its head."""
+    counts = " ".join(f"{count:5.0f}" for count in result["class_counts"])
     return f"{result['fid']:9.2f}  {result['precision']:9.3f}  {result['recall']:6.3f}  {counts}  {name}"
 
 
-def floor(model: Judge, data: mnist.Data, reference: Tensor) -> dict:
-    """The verdict on 10,000 real training images: what perfect samples would get."""
-    return verdict(model, data.train_images[:JUDGED], reference)
+def real_draws(model: Judge, data: mnist.Data, n: int) -> list[Described]:
+    """DRAWS random draws of n of the training images, or of all if there are fewer; the same ones in every call.
+
+    The files' first images are no random draw: their writers come in order.
+    """
+    images, generator = data.train_images, training.fixed_generator("floor")
+    draws = [torch.randperm(len(images), generator=generator)[:n].to(images.device) for _ in range(DRAWS)]
+    return [described(model, images[index]) for index in draws]
 
 
-def train_and_save(data: mnist.Data, device: torch.device, out: Path) -> None:
-    """Train the judge, and write its weights and figures/judge.json."""
-    path = experiment.folder(out / "weights") / "judge.pt"
+def floor(draws: list[Described], real: Described) -> dict:
+    """What real images get in place of samples: mean of each measure over `draws`, and the draws' own.
+
+    Every verdict depends on the number of samples, so it is the floor of as many samples as a draw has.
+    """
+    verdicts = [compared(draw, real) for draw in draws]
+    means = {key: statistics.mean(each[key] for each in verdicts) for key in MEASURES}
+    counts = zip(*(each["class_counts"] for each in verdicts))
+    return {**means, "class_counts": [statistics.mean(each) for each in counts], "draws": verdicts}
+
+
+def floors(model: Judge, data: mnist.Data) -> dict:
+    """The floors of as many samples as a model is judged by, against test and validation images."""
+    draws = real_draws(model, data, JUDGED)
+    return {
+        "floor": floor(draws, described(model, data.test_images)),
+        "floor_validation": floor(draws, described(model, data.validation_images)),
+    }
+
+
+def floor_rows(n: int, floor: dict) -> str:
+    """Three lines of the table: mean, least and greatest of each measure over the draws of n real images."""
+    name = f"{len(floor['draws'])} draws of {n:,} training images: the floor"
+    lines = [row(f"(mean of {name})", floor)]
+    for word, choose in (("least", min), ("greatest", max)):
+        fid, precision, recall = (choose(draw[key] for draw in floor["draws"]) for key in MEASURES)
+        lines.append(f"{fid:9.2f}  {precision:9.3f}  {recall:6.3f}  {'':59}  ({word} of each)")
+    return "\n".join(lines)
+
+
+def measure_floors(data: mnist.Data, device: torch.device, out: Path, dataset: str | Path = "mnist") -> None:
+    """Put the floors of the judge that is there into its JSON."""
+    name = name_of(dataset)
+    path = out / "figures" / f"{name}.json"
+    model = load(device, out, dataset)
+    try:
+        content = json.loads(path.read_bytes())
+        same = content["weights_sha256"] == hashlib.sha256((out / "weights" / f"{name}.pt").read_bytes()).hexdigest()
+    except (OSError, ValueError, KeyError):
+        same = False
+    if not same:
+        raise UserError(f"{path} is not of the judge in {out / 'weights'}: delete both, and train with --train")
+    content["result"] |= floors(model, data)
+    experiment.write(path, experiment.json_bytes(content))
+
+
+def train_and_save(data: mnist.Data, device: torch.device, out: Path, dataset: str | Path = "mnist") -> None:
+    """Train the judge, and write its weights and its JSON in figures/."""
+    name = name_of(dataset)
+    path = experiment.folder(out / "weights") / f"{name}.pt"
     figures = experiment.folder(out / "figures")
-    if path.exists() and (figures / "judge.json").exists():
+    if data.classes < 2:
+        raise UserError(f"{dataset} has no labels of two classes or more, one for each image: a judge needs them")
+    if path.exists() and (figures / f"{name}.json").exists():
         raise UserError(f"{path} is there, and every committed distance depends on it: delete it to train another")
     environment = experiment.environment(device)
     model, history = train(data, device, **SETTINGS)
     _, logits = features_and_logits(model, data.test_images)
     config = {**SETTINGS, "neighbours": NEIGHBOURS}
-    weights = experiment.weights_bytes("judge", config, model)
+    if dataset != "mnist":
+        config |= {"dataset": cli.dataset_name(dataset), "classes": data.classes}
+    weights = experiment.weights_bytes(name, config, model)
     result = {
         "test_accuracy": float((logits.argmax(1) == data.test_labels.cpu()).double().mean()),
-        "floor": floor(model, data, data.test_images),
-        "floor_validation": floor(model, data, data.validation_images),
+        **floors(model, data),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_seconds": sum(each["seconds"] for each in history),
         "peak_memory_mib": experiment.peak_memory_mib(device),
     }
-    content = {"run": "judge", "config": config, "environment": environment, "history": history, "result": result}
+    content = {"run": name, "config": config, "environment": environment, "history": history, "result": result}
     experiment.write(path, weights)
     content["weights_sha256"] = hashlib.sha256(weights).hexdigest()
-    experiment.write(figures / "judge.json", experiment.json_bytes(content))
-    print(f"test accuracy {100 * result['test_accuracy']:.2f}%, {result['train_seconds']:.0f} s of training")
+    experiment.write(figures / f"{name}.json", experiment.json_bytes(content))
+    cli.tell(f"test accuracy {100 * result['test_accuracy']:.2f}%, {result['train_seconds']:.0f} s of training")
 
 
 def flags() -> cli.Parser:
     """The script's flags."""
-    parser = cli.Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.npz", help="key images: uint8, N x 28 x 28")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("files", nargs="*", type=cli.path, metavar="FILE.npz", help="key images: uint8, N x 28 x 28")
     parser.add_argument("--reference", choices=("test", "validation"), default="test", help="the real images")
     parser.add_argument("--train", action="store_true", help="train the judge, if there is none yet")
-    parser.add_argument("--out", type=Path, default=ROOT, metavar="DIR", help="the judge is DIR/weights/judge.pt")
+    parser.add_argument("--floor", action="store_true", help="measure again what real images get, for the judge's JSON")
+    parser.add_argument(
+        "--out",
+        type=cli.path,
+        metavar="DIR",
+        help="the judge is in DIR/weights (without it: this repository's, or out's)",
+    )
     cli.add_data_flags(parser)
     return parser
 
@@ -254,20 +370,32 @@ def main(argv: list[str] | None = None) -> None:
     """Judge files of samples, or train the judge."""
     args = flags().parse_args(argv)
     device = cli.device(args.device)
-    if args.train == bool(args.files):
-        raise UserError("name one or more .npz files of samples, or --train")
-    if args.train:
-        train_and_save(mnist.load("mnist", args.data_dir, device), device, args.out)
+    if args.train + args.floor + bool(args.files) != 1:
+        raise UserError("name one or more .npz files of samples, or --train, or --floor")
+    out = args.out or home(args.dataset)
+    if not args.files:
+        write = train_and_save if args.train else measure_floors
+        write(mnist.load(args.dataset, args.data_dir, device), device, out, args.dataset)
         return
-    model = load(device, args.out)
+    model = load(device, out, args.dataset)
     samples = [(path, read_samples(path)) for path in args.files]
-    data = mnist.load("mnist", args.data_dir, device)
+    data = mnist.load(args.dataset, args.data_dir, device)
     reference = data.test_images if args.reference == "test" else data.validation_images
-    print(f"against {len(reference):,} {args.reference} images; k = {NEIGHBOURS}")
-    print(HEAD)
-    print(row(f"({JUDGED:,} training images: the floor)", floor(model, data, reference)), flush=True)
-    for path, images in samples:
-        print(row(f"{path} ({len(images):,})", verdict(model, images, reference)), flush=True)
+    real = described(model, reference)
+    cli.tell(f"against {len(reference):,} {args.reference} images; k = {NEIGHBOURS}")
+    cli.tell(head(model.head.out_features))
+    for n in sorted({len(images) for _, images in samples}):
+        cli.tell(floor_rows(n, floor(real_draws(model, data, n), real)))
+        for path, images in samples:
+            if len(images) == n:
+                seen = described(model, images)
+                cli.tell(row(f"{path} ({n:,})", compared(seen, real)))
+                if confidence(seen) < SURE * confidence(real):
+                    sure, usual = (f"{100 * confidence(each):.0f}%" for each in (seen, real))
+                    cli.say(
+                        f"{path}: the judge's mean confidence is {sure}, in real images {usual}: are these images of "
+                        "other data, inverted or turned? Then its figures mean nothing"
+                    )
 
 
 if __name__ == "__main__":

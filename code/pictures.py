@@ -5,6 +5,8 @@ panels can be compared.
 """
 
 import io
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,9 +65,17 @@ def save_gif(path: Path, pictures: Sequence[np.ndarray], milliseconds: int = 150
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", list["Axes"]]:
-    """A figure of this size in inches, drawn without a display, and its panels row by row; columns share an x axis."""
+    """A figure of this size in inches, drawn without a display, and its panels row by row; columns share an x axis.
+
+    It looks the same everywhere: a notebook's MPLBACKEND, which need not exist here, and anybody's matplotlibrc are
+    put out of force.
+    """
+    if "matplotlib" not in sys.modules:
+        os.environ["MPLBACKEND"] = "agg"  # read at import, and an error if it is unknown
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams.update(matplotlib.rcParamsDefault)  # without `backend`, which would choose one anew
     fig = Figure(figsize=(width, height), layout="constrained")
     axes = fig.subplots(rows, columns, sharex="col", squeeze=False).ravel().tolist()
     for ax in axes:

@@ -1,15 +1,23 @@
-"""What any training needs: noise, the learning rate, Adam, averaged weights, paths through noise, the captured step."""
+"""What any training needs: noise, the learning rate, Adam, averaged weights, paths through noise, the captured step,
+and the processes that torchrun starts.
 
+Of N such processes each takes its share of every batch and draws noise of its own. `adam` makes every gradient the mean
+over the processes as soon as it is there, so a step is that of the whole batch, and all hold the same weights.
+"""
+
+import contextlib
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cli
 from cli import RunError
 
 
@@ -70,6 +78,9 @@ def adam(
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True, **settings)
     _match_device(optimizer)
     optimizer.register_load_state_dict_post_hook(_match_device)
+    if dist.is_initialized():
+        for each in parameters:
+            each.register_post_accumulate_grad_hook(lambda parameter: average(parameter.grad))
     return optimizer
 
 
@@ -86,13 +97,83 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
 
+def connect(device: torch.device) -> None:
+    """Join the processes that torchrun started: over gloo on CPUs, over NCCL on CUDA. One alone joins nobody."""
+    if cli.processes() > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        cli.at_end.callback(disconnect)
+
+
+def disconnect() -> None:
+    """Leave them: from now on this process's gradients and batches are its own."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """For whatever waits for the other processes. Raises RunError if one of them has ended; process 0 alone says so."""
+    try:
+        yield
+    except RuntimeError as error:  # what gloo and NCCL say of a connection that is gone
+        ended = "another process of this training has ended: all of them end; go on with the same command and --resume"
+        raise RunError("" if cli.rank() else ended) from error
+
+
+def average(values: Tensor) -> None:
+    """Make `values`, of one shape in all processes, their mean over the processes, in place."""
+    if dist.is_initialized():
+        with together():
+            dist.all_reduce(values)
+        values.div_(dist.get_world_size())
+
+
+def from_process_0(content: Any) -> Any:
+    """What process 0 has in every process: a tensor, in place, or anything that can be pickled."""
+    if not dist.is_initialized():
+        return content
+    box = [content]
+    with together():
+        dist.broadcast(content, src=0) if isinstance(content, Tensor) else dist.broadcast_object_list(box)
+    return box[0]
+
+
+def share(index: Tensor) -> Tensor:
+    """This process's part of a batch (batch,), which all of them divide equally."""
+    return index.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else index
+
+
+def own_noise(seed: int, epoch: int) -> None:
+    """From now on this process draws numbers that no other process or epoch draws; alone, it goes on as it is.
+
+    They are a function of the seed, the epoch and the process, so a resumed run draws the same.
+    """
+    if dist.is_initialized():
+        torch.manual_seed(zlib.crc32(f"{seed}, epoch {epoch}, process {cli.rank()}".encode()))
+
+
+def same_buffers(parts: Iterable[Any]) -> None:
+    """Give all processes the buffers of process 0's models, such as batch norm's, taken over its share of a batch."""
+    for part in parts:
+        for buffer in part.buffers() if isinstance(part, nn.Module) else ():
+            from_process_0(buffer)
+
+
 def check_finite(epoch: int, **losses: Tensor) -> None:
-    """Raise RunError if a loss of the epoch's steps (a vector each) is not finite, naming the first bad step."""
+    """Raise RunError if a loss of the epoch's steps (a vector each) is not finite, naming the first bad step.
+
+    With several processes the losses become their means over the processes first, in place.
+    """
+    for values in losses.values() if dist.is_initialized() else ():
+        mean = values.clone(memory_format=torch.contiguous_format)
+        average(mean)
+        values.copy_(mean)
     for name, values in losses.items():
         for step, value in enumerate(values.tolist(), start=1):
             if not math.isfinite(value):
                 where = f"in epoch {epoch} at step {step} of {len(values)}"
-                raise RunError(f"{name} is {value} {where}: diverged; the last checkpoint is kept. Try a smaller --lr")
+                said = f"{name} is {value} {where}: diverged; the last checkpoint is kept. Try a smaller --lr"
+                raise RunError("" if cli.rank() else said)
 
 
 def ema_weight(step: int, decay: float) -> float:

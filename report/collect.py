@@ -3,9 +3,11 @@
     python report/collect.py
 
 In the report \\num{vae_z20.result.test_elbo} is that value, rounded as `rounded` says, and
-\\seeds{vae_z20.seeds.test_elbo} mean and range over figures/vae_z20.json and vae_z20_seed*.json; numbers.tex holds
-what the report uses and nothing else, and a key that no JSON has is an error. In README.md and docs/ what stands
-between <!-- NAME --> and <!-- /NAME --> is replaced, and in a script's docstring the comment after its command.
+\\seeds{vae_z20.seeds.test_elbo} mean and range over figures/vae_z20.json and vae_z20_seed*.json; a minus before a key
+turns the value's sign. numbers.tex holds what the report uses and nothing else, and a key that no JSON has is an error.
+So is \\seeds{judge.floor.fid} over the draws of real images, and \\seeds{gan.over_noise.fid} over lots of noise. In
+README.md and docs/ what stands between <!-- NAME --> and <!-- /NAME --> is replaced, and in a script's docstring the
+comment after its command.
 """
 
 import json
@@ -24,8 +26,8 @@ from experiment import write  # noqa: E402
 
 DECIMALS = {  # of a value whose key has this word, the first that fits
     "elbo": 2, "nll": 2, "gap": 2, "bpd": 3, "accuracy": 4, "fid": 1, "precision": 3, "recall": 3,
-    "reconstruction": 1, "rarest": 1, "commonest": 1, "percent": 2, "carlo": 3, "bias": 3, "rms": 3,
-    "ratio": 4, "posterior": 1, "loss": 3, "real": 3, "fake": 3,
+    "reconstruction": 1, "excess": 1, "percent": 2, "carlo": 3, "bias": 3, "rms": 3,
+    "ratio": 4, "posterior": 1, "loss": 3, "real": 3, "fake": 3, "median": 2, "percentile": 2,
 }  # fmt: skip
 
 COMMANDS = {  # script -> run -> command, as in the scripts' docstrings
@@ -42,6 +44,9 @@ NAMES = {
 SET = {"mu", "variance", "noise", "radius", "deviation"}  # last words of keys of what was not measured
 
 D_OUTPUTS = ("d_real", "d_fake")  # D's mean outputs in a row of the GAN's history
+MEASURES = {"fid": 1, "precision": 3, "recall": 3}  # the judge's, and their decimals
+UNNAMED = {"epochs", "fresh_epochs"}  # flags that the table of trials does not name
+OFF = {"d_steps": 1, "shift": 0}  # what a trial did that is older than these flags
 
 # What the assignment's first solution reached on validation, from its curves: ELBO, bits per dimension.
 ORIGINAL = {"vae_z20": -101.7, "vae_z2": -151.2, "nf": 1.82}
@@ -62,14 +67,19 @@ def collect(root: Path) -> dict[Path, str]:
         if "history" in content:
             same = [each for name, each in results.items() if re.fullmatch(rf"{run}(_seed\d+)?", name)]
             content["seeds"] = over_seeds(same)
+    judged = results["judge"]["result"]
+    results["judge"] |= {key: ranges(judged[key]["draws"]) for key in ("floor", "floor_validation") if key in judged}
+    if several := results["gan"]["result"].get("over_noise"):
+        results["gan"]["over_noise"] = ranges(several)
     tables = {
         "README.md": {
             "results": results_table, "healthy": healthy_table, "game": game_table, "flow": flow_table,
         },
         "docs/evidence.md": {"theory": theory_sentence},
-        "docs/gan.md": {"chosen": chosen_table},
+        "docs/gan.md": {"fresh": fresh_table, "nearest": nearest_table, "chosen": chosen_table},
         "docs/speed.md": {
-            "ceiling": ceiling_table, "races": races_table, "growth": growth_table, "gpu": gpu_table,
+            "ceiling": ceiling_table, "races": races_table, "growth": growth_table, "beside": beside_table,
+            "gpu": gpu_table,
         },
     }  # fmt: skip
     try:
@@ -102,17 +112,22 @@ def over_seeds(contents: list[dict]) -> dict:
         content["result"] | {key: value for key, value in content["history"][-1].items() if key.startswith("val_")}
         for content in contents
     ]
+    return ranges(results)
+
+
+def ranges(results: list[dict]) -> dict:
+    """Mean, least and greatest of every number that these dictionaries hold, and how many they are."""
     numbers = [key for key, value in results[0].items() if isinstance(value, int | float)]
     columns = {key: [result[key] for result in results] for key in numbers}
     of_key = {key: {"mean": statistics.mean(c), "min": min(c), "max": max(c)} for key, c in columns.items()}
-    return of_key | {"count": len(contents)}
+    return of_key | {"count": len(results)}
 
 
-def spread(content: dict, key: str, decimals: int) -> str:
-    """A result's mean over the run's seeds, and from where to where they reach if there are several."""
-    values = content["seeds"][key]
+def spread(content: dict, key: str, decimals: int, over: str = "seeds") -> str:
+    """A result's mean over the run's seeds, or another of its `ranges`, and the range if there are several values."""
+    values = content[over][key]
     mean, least, most = (f"{values[name]:.{decimals}f}" for name in ("mean", "min", "max"))
-    return mean if content["seeds"]["count"] == 1 else f"{mean} ({least} to {most})"
+    return mean if content[over]["count"] == 1 else f"{mean} ({least} to {most})"
 
 
 def between_markers(path: Path, texts: dict[str, str]) -> str:
@@ -159,9 +174,11 @@ def rounded(key: str, value: float | int | str) -> str:
         return f"{value:g}"
     for word, decimals in DECIMALS.items():
         if word in words:
-            return f"{value:,.{decimals}f}"
+            return f"{value:,.{decimals if abs(value) < 1000 else 0}f}"
     if "difference" in words:  # of what should be equal
         return f"{value:.1g}"
+    if abs(value) < 1e-3:
+        return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
@@ -184,11 +201,13 @@ def numbers_tex(results: dict[str, dict], report: str) -> str:
     Raises KeyError for one that no JSON has.
     """
     values = {key: value for run, content in results.items() for key, value in entries(content, f"{run}.")}
+    values |= {f"-{key}": -value for key, value in values.items() if isinstance(value, float)}
     lines = ["% Generated by report/collect.py from figures/*.json."]
     body = report.partition(r"\begin{document}")[2]
-    texts = {key: tex(key, values[key]) for key in re.findall(r"\\num\{([\w.]+)\}", body)}
-    for key in re.findall(r"\\seeds\{([\w.]+)\}", body):
-        mean, least, most = (tex(key, values[f"{key}.{each}"]) for each in ("mean", "min", "max"))
+    texts = {key: tex(key, values[key]) for key in re.findall(r"\\num\{(-?[\w.]+)\}", body)}
+    for key in re.findall(r"\\seeds\{(-?[\w.]+)\}", body):
+        order = ("mean", "max", "min") if key.startswith("-") else ("mean", "min", "max")
+        mean, least, most = (tex(key, values[f"{key}.{each}"]) for each in order)
         texts[key] = mean if least == most else f"{mean} ({least} to {most})"
     lines += (f"\\expandafter\\def\\csname num:{key}\\endcsname{{{text}}}" for key, text in sorted(texts.items()))
     return "\n".join(lines) + "\n"
@@ -215,13 +234,11 @@ def results_table(results: dict[str, dict]) -> str:
     rows = []
     for run, command in ((run, command) for commands in COMMANDS.values() for run, command in commands.items()):
         content, result = results[run], results[run]["result"]
-        measures = (spread(content, "fid", 1), spread(content, "precision", 3), spread(content, "recall", 3))
+        measures = (spread(content, key, decimals) for key, decimals in MEASURES.items())
         minutes, sampling = result["train_seconds"] / 60, f"{result['seconds_per_1000_samples']:.3f} s"
         rows.append((NAMES[run], f"`{command}`", f"{minutes:.1f}", likelihood(content), *measures, sampling))
-    floor = results["judge"]["result"]["floor"]
-    rows.append(
-        ("real images", "", "", "", f"{floor['fid']:.1f}", f"{floor['precision']:.3f}", f"{floor['recall']:.3f}", "")
-    )
+    floor = (spread(results["judge"], key, decimals, "floor") for key, decimals in MEASURES.items())
+    rows.append(("real images", "", "", "", *floor, ""))
     head = ("model", "command", "minutes", "likelihood", "Frechet distance", "precision", "recall", "1,000 samples")
     return "\n\n".join([markdown(head, rows), "\n".join(f"- {remark}" for remark in remarks(results))])
 
@@ -262,14 +279,24 @@ def remarks(results: dict[str, dict]) -> list[str]:
         f"{flow['importance_samples']} draws. Affine maps alone for as many minutes: {affine['test_bpd']:.3f}, "
         f"{affine['test_bpd_iw']:.3f}. Bits of grey values and nats of binary ones cannot be compared.",
         "Frechet distance, precision and recall are of 10,000 samples (the VAE's: decoder means) against the test "
-        "images, by `code/judge.py`, and can be compared only with values from the same judge. Real images: the first "
-        f"10,000 training images. The GAN without averaged weights: {unaveraged['fid']:.1f}, "
-        f"{unaveraged['precision']:.3f}, {unaveraged['recall']:.3f}.",
+        "images, by `code/judge.py`, and can be compared only with values from the same judge. Real images: mean and "
+        f"range of {results['judge']['floor']['count']} random draws of 10,000 training images. The GAN without "
+        f"averaged weights: {unaveraged['fid']:.1f}, {unaveraged['precision']:.3f}, {unaveraged['recall']:.3f}.",
+        *over_noise(results["gan"]),
         f"Validation values of the assignment's first solution: z of 20 {first[0]}, z of 2 {first[1]}, the flow "
         f"{first[2]}; later, z of 20 {' and '.join(later)}. That solution's VAEs used *static* binarisation, fixed "
         "once for each image, which is not quite comparable.",
         measured_on(results[run]["environment"] for run in NAMES),
     ]
+
+
+def over_noise(gan: dict) -> list[str]:
+    """What other noise makes of one GAN's figures; nothing of a run that is older than this measurement."""
+    if "over_noise" not in gan:
+        return []
+    measures = ", ".join(spread(gan, key, decimals, "over_noise") for key, decimals in MEASURES.items())
+    lots = f"The GAN of seed 0 over {gan['over_noise']['count']} lots of noise: {measures}"
+    return [f"{lots}; what differs by less is not better."]
 
 
 def passed(content: dict, key: str, mark: float) -> str:
@@ -281,7 +308,7 @@ def passed(content: dict, key: str, mark: float) -> str:
 def theory_sentence(results: dict[str, dict]) -> str:
     """How long the report's computations take."""
     seconds = results["theory"]["seconds"].values()
-    times = f"{len(seconds)} computations took {sum(seconds):.0f} s, the longest {max(seconds):.0f} s."
+    times = f"{len(seconds)} computations took {sum(seconds):.0f} s of processor time, the longest {max(seconds):.0f}."
     return f"The {times} {measured_on([results['theory']['environment']])}"
 
 
@@ -327,6 +354,25 @@ def game_table(results: dict[str, dict]) -> str:
     return markdown(("GAN, epoch", "loss of D", "loss of G", "D on real images", "D on generated"), rows)
 
 
+def fresh_table(results: dict[str, dict]) -> str:
+    """docs/gan.md's table of the new discriminator's losses, and what the last of them bounds."""
+    fresh = results["gan"]["result"].get("fresh_discriminator")
+    if fresh is None:  # of a run that is older than this measurement
+        return "Not measured in this run."
+    head = ["epochs of the new D", *map(str, range(len(fresh["loss"])))]
+    table = markdown(head, [["loss on unseen images", *(f"{loss:.3f}" for loss in fresh["loss"])]])
+    return f"{table}\n\nSo the divergence is at least {fresh['jsd_at_least']:.3f} nats, of log 2 = 0.693 at most."
+
+
+def nearest_table(results: dict[str, dict]) -> str:
+    """docs/gan.md's table of distances to the nearest training image, in grey values."""
+    nearest = results["gan"]["result"].get("nearest")
+    if nearest is None:  # of a run that is older than this measurement
+        return "Not measured in this run."
+    rows = [(name.replace("_", " "), f"{of['mean']:.0f}", f"{of['median']:.0f}") for name, of in nearest.items()]
+    return markdown(("distance to the nearest training image", "mean", "median"), rows)
+
+
 def flow_table(results: dict[str, dict]) -> str:
     """README's table of what the flow's curve looks like when all is well."""
     rows = []
@@ -340,17 +386,20 @@ def flow_table(results: dict[str, dict]) -> str:
 
 
 def chosen_table(results: dict[str, dict]) -> str:
-    """docs/gan.md's table of the GAN's other settings, each named by its flags."""
-    base = results["trials"]["gan_as_it_is"]["config"]
+    """docs/gan.md's table of the GAN's other settings, each named by its flags, beside the report's own."""
+    base = OFF | results["gan"]["config"]
     rows = []
     for trial in results["trials"].values():
-        config, verdict, last = trial["config"], trial["result"]["validation"], trial["history"][-1]
-        flags = [f"--{key.replace('_', '-')} {words(config[key])}" for key in base if config[key] != base[key]]
+        config, verdict, last = OFF | trial["config"], trial["result"]["validation"], trial["history"][-1]
+        changed = [key for key in base if key not in UNNAMED and config[key] != base[key]]
+        flags = " ".join(f"--{key.replace('_', '-')} {words(config[key])}" for key in changed)
         measures = (f"{verdict['fid']:.0f}", f"{verdict['precision']:.2f}", f"{verdict['recall']:.2f}")
-        rows.append((f"`{' '.join(flags)}`" if flags else "none", *measures, *(f"{last[k]:.2f}" for k in D_OUTPUTS)))
-    head = ("flags", "Frechet distance", "precision", "recall", "D on real", "D on generated")
+        named = f"`{flags}`" if flags else "none"
+        rows.append((str(config["epochs"]), named, *measures, *(f"{last[k]:.2f}" for k in D_OUTPUTS)))
+    head = ("epochs", "flags", "Frechet distance", "precision", "recall", "D on real", "D on generated")
     where = measured_on(trial["environment"] for trial in results["trials"].values())
-    return f"{markdown(head, sorted(rows, key=lambda row: (row[0] != 'none', row)))}\n\n{where}"
+    rows.sort(key=lambda row: (-int(row[0]), row[1] != "none", row))
+    return f"{markdown(head, rows)}\n\n{where}"
 
 
 def words(value: object) -> str:
@@ -452,6 +501,21 @@ def growth_table(results: dict[str, dict]) -> str:
             values = ", ".join(f"{int(value):,}" for value in points)
             rows.append((what.replace("_", " "), f"`{name}`", values, times, memory))
     return markdown(("what grows", "model", "values", "seconds per 1,000 images", "memory, MiB"), rows)
+
+
+def beside_table(results: dict[str, dict]) -> str:
+    """docs/speed.md's table of training beside other work."""
+    measured = results["bench"].get("beside")
+    if not measured:
+        return "Not measured yet (`make bench`)."
+    cores = results["bench"]["environment"]["threads"]
+    shares = {"nothing": 1.0, "a busy process": cores / (cores + 1), "another training": 0.5}
+    quiet = measured["nothing"]["as OpenMP's default"]
+    rows = [
+        (other, *(f"{each:,.0f}" for each in speeds.values()), f"{shares[other] * quiet:,.0f}")
+        for other, speeds in measured.items()
+    ]
+    return markdown(("beside it", *measured["nothing"], "a fair share"), rows)
 
 
 if __name__ == "__main__":

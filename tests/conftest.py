@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ SMALL = {  # a script -> flags of a small model that is trained within a second,
     script: f"--epochs 2 {flags}".split()
     for script, flags in {
         "vae": "--batch-size 50 --hidden 32 --importance-samples 2",
-        "gan": "--batch-size 60 --settling 1500",
+        "gan": "--batch-size 60 --settling 1500 --fresh-epochs 2",
         "nf": "--batch-size 50 --hidden 5 --levels 2 --couplings 1 --components 2 --importance-samples 2",
     }.items()
 }
@@ -32,6 +33,7 @@ VERDICT = {"fid", "precision", "recall", "class_counts"}
 COSTS = {"parameters", "train_seconds", "peak_memory_mib", "seconds_per_1000_samples"}
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it, which the scripts respect
 FORKS = multiprocessing.get_context("forkserver")  # processes start as forks of one that has imported everything
 FORKS.set_forkserver_preload(["conftest", *RUNS, "torch._dynamo", "matplotlib.backends.backend_pdf"])
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(ROOT / each) for each in ("code", "tests"))}
@@ -44,7 +46,7 @@ def pytest_xdist_auto_num_workers(config) -> int:
 
 def pytest_collection_modifyitems(items) -> None:
     """The files that take longest come first, so that the workers finish together."""
-    longest = ["test_bench", "test_theory", "test_judge", "test_scripts"]
+    longest = ["test_bench", "test_theory", "test_judge", "test_explorer", "test_scripts"]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else -1, reverse=True)
 
 
@@ -72,16 +74,19 @@ def shrink(patch: pytest.MonkeyPatch) -> mnist.Data:
     """From now on every script sees 600 random images instead of 60,000, 100 for testing; judges 200 and times 10."""
     generator = torch.Generator().manual_seed(0)
     images, test = (torch.randint(256, (n, 28, 28), generator=generator, dtype=torch.uint8) for n in (600, 100))
-    data = mnist.Data(images, torch.arange(600) % 10, test, torch.arange(100) % 10)
+    data = mnist.Data(images, torch.arange(600) % 10, test, torch.arange(100) % 10, validation=100)
 
     def load(dataset: str, data_dir: object, device: torch.device | str = "cpu") -> mnist.Data:
-        return mnist.Data(**{name: each.to(device) for name, each in vars(data).items()})
+        return mnist.Data(
+            **{name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in vars(data).items()}
+        )
 
     def seconds_per_10(sample, of: torch.device) -> float:
         return experiment.seconds_per_1000(lambda n: sample(n // 100), of)
 
-    for module, name, value in ((mnist, "TRAIN", 500), (judge, "JUDGED", 200), (mnist, "load", load)):
+    for module, name, value in ((judge, "JUDGED", 200), (mnist, "load", load)):
         patch.setattr(module, name, value)
+    patch.setattr(importlib.import_module("gan"), "PROBE", 150)
     for script in RUNS:
         patch.setattr(importlib.import_module(script), "seconds_per_1000", seconds_per_10)
     return data
@@ -123,8 +128,9 @@ def result_of(out: Path, run: str) -> dict:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file below `folder` with its bytes, but for what a killed run had not finished writing."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def lasting(folder: Path) -> dict[str, object]:

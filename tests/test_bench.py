@@ -131,6 +131,7 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
     cases = {name: short(case) for name, case in bench.CASES.items()} | {"nf": small}
     monkeypatch.setattr(bench, "CASES", cases)
     monkeypatch.setattr(bench, "races", lambda *_: {"vae": "raced"})
+    monkeypatch.setattr(bench, "beside", lambda *_: {"nothing": "beside"})
     monkeypatch.setattr(bench, "GROWTH", {"width": {"vae": (400, 1200)}, "images": {"vae": (640, 30_720)}})
     monkeypatch.setattr(bench, "GROWN_OVER", {"vae": 640})
     monkeypatch.setattr(bench, "GROWTH_ROUNDS", 1)
@@ -141,6 +142,7 @@ def test_a_short_bench_fills_the_table(data_dir, tmp_path, monkeypatch, capsys):
     rows = content["models"]
     assert [row["batch_size"] for row in rows.values()] == [320, 500, 256, 8] and rows.keys() == cases.keys()
     assert "times_normal_prior" in rows["vae_best"] and content["races"] == {"vae": "raced"}
+    assert content["beside"] == {"nothing": "beside"}
     assert all(value > 0 for row in rows.values() for value in row.values())
     printed = capsys.readouterr().out
     assert "vae" in printed and "on a GPU: not measured" in printed
@@ -203,6 +205,15 @@ def test_growth_keeps_the_fastest_and_measures_a_setting_once(monkeypatch, tmp_p
     last = {str(each): 100 - n for n, each in enumerate(calls, start=1)}
     assert rows["width"]["vae"]["8"]["seconds"] == last[str(("vae", bench.settings("vae", width=8)))]
     assert rows["batch_size"]["nf"]["24"]["seconds"] == last[str(("nf", bench.settings("nf", batch_size=24)))]
+
+
+def test_training_beside_other_work_is_measured(data_dir, monkeypatch):
+    monkeypatch.setattr(bench, "BESIDE_ROUNDS", 1)
+    monkeypatch.setattr(bench, "BESIDE_SECONDS", 0.3)
+    monkeypatch.setattr(bench, "SPINS", {"as the scripts": cli.SPIN})
+    found = bench.beside(data_dir)
+    assert [*found] == ["nothing", "a busy process", "another training"]
+    assert all(speed > 0 for speeds in found.values() for speed in speeds.values())
 
 
 def test_the_table_follows_from_the_medians(data_dir, monkeypatch):

@@ -75,11 +75,25 @@ def test_a_device_that_is_not_there(train, monkeypatch, name, module):
     fails(train("--device", name), 2, f"--device {name}", "cpu")
 
 
-def test_auto_takes_cuda_then_mps_then_the_cpu(monkeypatch):
+def test_auto_takes_cuda_then_mps_then_the_cpu_if_they_work(monkeypatch, capsys):
+    ones, broken = torch.ones, set()
+
+    def on_any_machine(*size, device):
+        if device in broken:
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand so on")
+        return ones(*size)
+
+    monkeypatch.setattr(torch, "ones", on_any_machine)
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda here=cuda: here)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=mps: here)
         assert cli.device("auto").type == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    broken.add("cuda")
+    assert cli.device("auto").type == "cpu"
+    assert "no kernel image" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no kernel image.*device\): use --device cpu"):
+        cli.device("cuda")
 
 
 def test_a_trial_does_not_touch_the_reports_folders(tiny, tmp_path, capsys):
@@ -304,6 +318,15 @@ def test_damaged_archives(train, out, folder):
         before = contents(out)
         fails(train("--resume" if folder == "checkpoints" else "--evaluate"), 2, "is damaged", path.name)
         assert contents(out) == before
+
+
+def test_weights_that_are_older_than_a_flag_have_its_default(train, out):
+    path = out / "weights/vae_z20.pt"
+    archive = torch.load(path, weights_only=True)
+    del archive["config"]["clip"]
+    path.write_bytes(experiment.torch_bytes(archive))
+    assert train("--sample", "3")[0] == 0
+    fails(train("--sample", "3", "--clip", "3"), 2, "clip 500.0 there, 3.0 here")
 
 
 def test_checkpoint_of_another_script(train, out):

@@ -13,8 +13,10 @@ from PIL import Image
 import gan
 import judge
 import mnist
+import pictures
 import training
 from conftest import COSTS, SMALL, VERDICT, built, contents, result_of
+from experiment import Run
 from training import fixed_normal
 
 Z_DIM, LEAK, DROPOUT = 100, 0.2, 0.3  # as the report has them
@@ -174,6 +176,53 @@ def test_a_step_is_the_textbooks_two_steps():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)  # a tenth of the step that Adam takes
 
 
+def test_steps_of_d_are_taken_one_after_the_other_on_images_of_their_own():
+    """With three steps of D to one of G, D ends where three plain updates on the index's thirds take it."""
+    images = torch.randint(256, (30, mnist.PIXELS), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(built(gan, "--dropout", 0))
+    ours, plain = models
+    index = torch.randperm(30, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(4)
+    figures = gan.training_step(ours, gan.make_optimizers(ours, 1e-3, (0.0, 0.999)), images, index, 0.1, d_steps=3)
+    torch.manual_seed(4)
+    *z_d, z_g = torch.randn(4, 10, Z_DIM)
+    adam, losses = torch.optim.Adam(plain.discriminator.parameters(), lr=1e-3, betas=(0.0, 0.999)), []
+    for third, z in zip((index[:10], index[10:20], index[20:]), z_d):
+        with torch.no_grad():
+            fake = plain.generator(z)
+        real = plain.discriminator(images[third] / 127.5 - 1)
+        losses.append(gan.discriminator_loss(real.squeeze(1), plain.discriminator(fake).squeeze(1)))
+        adam.zero_grad()
+        losses[-1].backward()
+        adam.step()
+    torch.testing.assert_close(figures[0], torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours.discriminator.parameters(), plain.discriminator.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    loss_g = F.softplus(-plain.discriminator(plain.generator(z_g))).mean()
+    torch.testing.assert_close(figures[1], loss_g, rtol=1e-3, atol=1e-4)
+
+
+def test_shifted_moves_each_image_by_itself_and_only_in_training():
+    x = torch.full((400, 28, 28), -1.0)
+    x[:, 10, 14] = 0.5
+    torch.manual_seed(0)
+    moved = gan.shifted(x.flatten(1), 2).view(-1, 28, 28)
+    places = [tuple(each.nonzero()[0].tolist()) for each in moved + 1]
+    assert set(places) == {(y, x) for y in range(8, 13) for x in range(12, 17)}
+    assert (moved.amax((1, 2)) == 0.5).all() and ((moved + 1).count_nonzero((1, 2)) == 1).all()
+    image = x[:1].flatten(1).requires_grad_()
+    gan.shifted(image, 3).sum().backward()
+    assert image.grad.view(28, 28)[3:25, 3:25].eq(1).all()  # what cannot be moved out takes part
+    model = built(gan, "--shift", 3, "--dropout", 0)
+    first, second = (model.discriminate(x.flatten(1)) for _ in range(2))
+    assert not torch.equal(first, second)
+    model.eval()
+    torch.testing.assert_close(model.discriminate(x.flatten(1)), model.discriminator(x.flatten(1)).squeeze(1))
+
+
 def test_slerp_keeps_the_norm_and_turns_by_equal_angles():
     start, end = noise(6, 1), noise(6, 2)
     end *= start.norm(dim=1, keepdim=True) / end.norm(dim=1, keepdim=True)
@@ -234,10 +283,73 @@ def test_nearest_is_the_least_distance():
     among = torch.randint(256, (40, 28, 28), generator=generator, dtype=torch.uint8)
     images = torch.randint(256, (7, 28, 28), generator=generator, dtype=torch.uint8)
     images[3] = among[11]
-    found = gan.nearest(images, among, block=3)
-    for image, near in zip(images.double(), found.double()):
+    found, distances = gan.nearest(images, among, block=3)
+    for image, near, distance in zip(images.double(), found.double(), distances):
         assert (image - near).norm() == min((image - each).norm() for each in among.double())
-    assert torch.equal(found[3], among[11])
+        assert float(distance) == pytest.approx(float((image - near).norm()))
+    assert torch.equal(found[3], among[11]) and distances[3] == 0
+    assert gan.centre(torch.tensor([1.0, 2.0, 6.0])) == {"mean": 3, "median": 2}
+
+
+def play(model: gan.GAN, tmp_path, *flags: object) -> Run:
+    """A run of the model's config, not started."""
+    parser = gan.flags()
+    args = parser.parse_args([*map(str, flags), "--device", "cpu", "--out", str(tmp_path)])
+    return Run("gan", parser, args, evaluation=("fresh_epochs",))
+
+
+def test_a_fresh_discriminator_finds_what_is_there_to_find(tmp_path):
+    """It is the game's own loss on unseen images: log 4 at best where generated and real ones are the same, and near 0
+    where they are not. It starts from other weights than the game's, and changes neither."""
+    torch.manual_seed(0)
+    model = built(gan).eval()
+    run = play(model, tmp_path, "--batch-size", 50, "--fresh-epochs", 3, "--dropout", 0)
+    with torch.no_grad():  # it draws black images, -1 exactly, and nothing else
+        model.average[-2].weight.zero_()
+        model.average[-2].bias.fill_(-20)
+    same = torch.zeros(600, 28, 28, dtype=torch.uint8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = gan.fresh_losses(run, model, mnist.Data(same, torch.zeros(600), same[:100], torch.zeros(100), 100))
+    assert len(losses) == 4 and losses[-1] == pytest.approx(math.log(4), abs=1e-3)
+    other = 255 - same
+    losses = gan.fresh_losses(run, model, mnist.Data(other, torch.zeros(600), other[:100], torch.zeros(100), 100))
+    assert losses[0] == pytest.approx(math.log(4), abs=0.3) and losses[-1] < 0.1
+    mixed = torch.cat((same[:100], other[:100]))  # half of the unseen real images look generated
+    losses = gan.fresh_losses(run, model, mnist.Data(other, torch.zeros(600), mixed, torch.zeros(200), 100))
+    assert losses[-1] > 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert losses == gan.fresh_losses(run, model, mnist.Data(other, torch.zeros(600), mixed, torch.zeros(200), 100))
+
+
+def test_the_losses_are_drawn_as_deviations(tmp_path, monkeypatch):
+    """What is drawn, of a history with judged epochs: their distance above, and every loss less its equilibrium's."""
+    figures = []
+    monkeypatch.setattr(pictures, "save_figure", lambda path, fig: figures.append(fig))
+    run = play(built(gan), tmp_path)
+    run.history = [
+        {
+            "epoch": epoch,
+            "loss_d": math.log(4) - 0.1 * epoch,
+            "loss_g": math.log(2) + epoch,
+            "d_real": 0.6,
+            "d_fake": 0.5,
+        }
+        for epoch in range(4)
+    ]
+    run.history[2] |= {"val_fid": 20.0, "val_precision": 0.7, "val_recall": 0.25}
+    gan.draw_losses(run, [2.0, math.log(4) - 1, math.log(4) - 2])
+    for row in run.history:
+        row.pop("val_fid", None)
+    gan.draw_losses(run, [2.0])
+    gan.draw_losses(run, []) if run.history.clear() else None
+    with_judge, without = figures
+    distance, losses, outputs, shares = with_judge.axes
+    drawn = [[line.get_xydata().round(6).tolist() for line in ax.lines] for ax in (distance, losses, shares)]
+    assert drawn[0] == [[[2, 20.0]]] and drawn[2] == [[[2, 0.7]], [[2, 0.25]]]
+    assert drawn[1][0] == [[1, -0.1], [2, -0.2], [3, -0.3]] and drawn[1][1] == [[1, 1], [2, 2], [3, 3]]
+    assert drawn[1][2] == [[1, -1], [2, -2]]
+    assert all(ax.get_xscale() == "log" for ax in (distance, losses, outputs))
+    assert len(without.axes) == 2 and len(without.axes[0].lines) == 3  # both losses and the line at 0
 
 
 @pytest.mark.parametrize("classes", [10, 2, 1])
@@ -268,15 +380,46 @@ def test_what_a_run_leaves(finished):
     assert names == panels | others | {"gan_nearest.png"}
     assert Image.open(out / "figures" / "gan_samples.gif").n_frames == 3
     content = result_of(out, "gan")
-    assert all(set(row) == {"epoch", "loss_d", "loss_g", "d_real", "d_fake", "seconds"} for row in content["history"])
-    assert set(content["result"]) == VERDICT | COSTS | {"unaveraged", "validation"}
-    assert set(content["result"]["unaveraged"]) == set(content["result"]["validation"]) == VERDICT
-    assert content["result"]["parameters"] == 2_041_745
+    keys = {"epoch", "loss_d", "loss_g", "d_real", "d_fake", "seconds"} | {f"val_{key}" for key in judge.MEASURES}
+    assert all(set(row) == keys for row in content["history"])
+    result = content["result"]
+    assert set(result) == VERDICT | COSTS | {"unaveraged", "validation", "over_noise", "fresh_discriminator", "nearest"}
+    assert set(result["unaveraged"]) == set(result["validation"]) == VERDICT
+    assert result["parameters"] == 2_041_745
+    assert [len(result["over_noise"]), len(result["fresh_discriminator"]["loss"])] == [gan.NOISES, 3]
+    assert result["over_noise"][0] == {key: result[key] for key in judge.MEASURES}
+    assert len({each["fid"] for each in result["over_noise"]}) == gan.NOISES
+    last = result["fresh_discriminator"]["loss"][-1]
+    assert result["fresh_discriminator"]["jsd_at_least"] == pytest.approx(max(0, (math.log(4) - last) / 2))
+    assert set(result["nearest"]) == {"samples", "test_images"}
+
+
+def test_the_judge_looks_at_some_epochs_and_the_last(tiny, tmp_path, monkeypatch):
+    """At 0, 1, 2, 4, then every eighth: PROBE samples of the average against validation images."""
+    asked, described = [], judge.described
+    monkeypatch.setattr(judge, "described", lambda model, images: asked.append(images) or described(model, images))
+    flags = ["--epochs", "9", "--batch-size", "300", "--settling", "50", "--fresh-epochs", "0"]
+    assert gan.main([*flags, "--out", str(tmp_path)]) == 0
+    content = result_of(tmp_path, "gan")
+    assert [row["epoch"] for row in content["history"] if "val_fid" in row] == [0, 1, 2, 4, 8, 9]
+    assert torch.equal(asked[0], tiny.validation_images) and [len(each) for each in asked[1:7]] == 6 * [gan.PROBE]
+    model = built(gan).eval()
+    model.load_state_dict(torch.load(tmp_path / "weights" / "gan.pt", weights_only=True)["model"])
+    verdict = judge.verdict(
+        judge.load(torch.device("cpu")), gan.sample(model.average, gan.PROBE), tiny.validation_images
+    )
+    assert {f"val_{key}": verdict[key] for key in judge.MEASURES}.items() <= content["history"][-1].items()
 
 
 def test_samples_are_drawn_by_the_settled_average(finished, tiny, tmp_path, monkeypatch, capsys):
-    references, verdict = [], judge.verdict
-    monkeypatch.setattr(judge, "verdict", lambda *args: references.append(args[2]) or verdict(*args))
+    described, seen, compared = judge.described, {}, judge.compared
+    pairs = []
+    monkeypatch.setattr(
+        judge, "described", lambda _, images: seen.setdefault(id(made := described(_, images)), (made, images))[0]
+    )
+    monkeypatch.setattr(
+        judge, "compared", lambda *sides: pairs.append([seen[id(s)][1] for s in sides]) or compared(*sides)
+    )
     out = shutil.copytree(finished("gan"), tmp_path / "out")
     flags, before = [*SMALL["gan"], "--out", str(out)], contents(out)
     model = built(gan).eval()
@@ -295,10 +438,15 @@ def test_samples_are_drawn_by_the_settled_average(finished, tiny, tmp_path, monk
     capsys.readouterr()
     assert gan.main([*flags, "--evaluate"]) == 0
     result, trained = json.loads(capsys.readouterr().out), result_of(out, "gan")["result"]
-    for key in VERDICT | {"unaveraged", "validation"}:
+    for key in VERDICT | {"unaveraged", "validation", "over_noise", "fresh_discriminator", "nearest"}:
         assert result[key] == trained[key]
-    assert [torch.equal(each, tiny.test_images) for each in references] == [True, False, True]
-    assert torch.equal(references[1], tiny.validation_images)
+    samples = gan.sample(model.average, judge.JUDGED)
+    (ours, test), (same, validation), (last, test_too), *others = pairs
+    assert torch.equal(ours, samples) and torch.equal(same, samples)
+    assert torch.equal(last, gan.sample(model.generator, judge.JUDGED))
+    assert torch.equal(test, tiny.test_images) and torch.equal(validation, tiny.validation_images)
+    assert torch.equal(test_too, tiny.test_images) and len(others) == gan.NOISES - 1
+    assert all(torch.equal(each[1], tiny.test_images) and not torch.equal(each[0], samples) for each in others)
     assert gan.main([*flags, "--resume"]) == 0
     after = contents(out)
     del after["figures/gan_samples.npz"]

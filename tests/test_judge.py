@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib
 import io
+import json
 import math
 import shutil
 import zipfile
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import experiment
 import judge
+import mnist
 import vae
 from cli import UserError
 from conftest import ROOT, RUNS, SMALL, VERDICT, lasting, result_of, run_script
@@ -63,20 +65,34 @@ def test_radii_are_distances_to_the_third_nearest_other_row():
     assert judge.squared_radii(line).tolist() == [49, 36, 16, 49, 361]
 
 
+def covered(a: Tensor, by: Tensor) -> float:
+    return judge.covered(a, by, judge.squared_radii(by))
+
+
 def test_covered_against_a_plain_loop():
     a, b = normal(60, 3, 8), 1.5 * normal(40, 3, 9)
     reach = [sorted(math.dist(row, other) for other in b.tolist())[judge.NEIGHBOURS] for row in b.tolist()]
     inside = [any(math.dist(row, each) <= r for each, r in zip(b.tolist(), reach)) for row in a.tolist()]
     assert 0 < sum(inside) < 60
-    assert judge.covered(a, by=b) == sum(inside) / 60
+    assert covered(a, by=b) == sum(inside) / 60
 
 
 def test_precision_and_recall_tell_missing_modes_from_bad_samples():
     real = torch.cat((normal(500, 2, 10), normal(500, 2, 11) + 20))
     one_mode = normal(1000, 2, 12)
-    assert judge.covered(one_mode, by=real) > 0.9 and 0.4 < judge.covered(real, by=one_mode) < 0.55
+    assert covered(one_mode, by=real) > 0.9 and 0.4 < covered(real, by=one_mode) < 0.55
     scattered = torch.cat((normal(500, 2, 13), normal(500, 2, 14) + 20, 500 * normal(1000, 2, 15)))
-    assert judge.covered(scattered, by=real) < 0.6 and judge.covered(real, by=scattered) > 0.9
+    assert covered(scattered, by=real) < 0.6 and covered(real, by=scattered) > 0.9
+
+
+def test_a_verdict_is_of_the_samples_against_the_reference(model):
+    """Which side is which: all samples are of one real image, and near it; most real ones are near none of them."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randint(256, (50, 28, 28), generator=generator, dtype=torch.uint8)
+    result = judge.verdict(model, real[:1].expand(20, 28, 28), real)
+    assert result["precision"] == 1 and result["recall"] <= 0.1 and sum(result["class_counts"]) == 20
+    ours, theirs = (judge.features_and_logits(model, each)[0] for each in (real[:1].expand(20, 28, 28), real))
+    assert result["fid"] == pytest.approx(judge.frechet_distance(ours, theirs), rel=1e-9)
 
 
 # The frozen judge
@@ -98,30 +114,65 @@ def test_noise_and_copies_are_seen_through(model, data):
     assert copies["recall"] < 0.01 and max(copies["class_counts"]) == 1000
 
 
+def test_floors_are_of_as_many_random_training_images(model, tiny):
+    draws = judge.real_draws(model, tiny, 120)
+    assert len(draws) == judge.DRAWS and all(draw.features.shape == (120, 128) for draw in draws)
+    again = judge.real_draws(model, tiny, 120)
+    assert all(torch.equal(a.features, b.features) for a, b in zip(draws, again))
+    train, _ = judge.features_and_logits(model, tiny.train_images)
+    rows = [[int((train - row).abs().sum(1).argmin()) for row in draw.features] for draw in draws]
+    assert all(len(set(row)) == 120 for row in rows) and len({frozenset(row) for row in rows}) == len(rows)
+    assert max(max(row) for row in rows) > 450  # of 500: they are not the first ones
+    real = judge.described(model, tiny.test_images)
+    floor, verdicts = judge.floor(draws, real), [judge.compared(draw, real) for draw in draws]
+    assert floor["draws"] == verdicts
+    for key in judge.MEASURES:
+        assert floor[key] == pytest.approx(sum(each[key] for each in verdicts) / len(verdicts))
+    assert sum(floor["class_counts"]) == pytest.approx(120)
+
+
+def test_the_json_has_the_floors_of_five_draws():
+    """Against validation images, which the judge was trained on, as against test images; none is an outlier."""
+    result = result_of(ROOT, "judge")["result"]
+    for floor in (result["floor"], result["floor_validation"]):
+        assert len(floor["draws"]) == judge.DRAWS and all(
+            sum(each["class_counts"]) == 10_000 for each in floor["draws"]
+        )
+        fids = [each["fid"] for each in floor["draws"]]
+        assert min(fids) < floor["fid"] < max(fids) < 1.5 * min(fids)
+
+
 def test_floor_and_samples_get_the_jsons_figures(tmp_path, data, data_dir):
     """Real images, and 10,000 samples of the committed VAE as --sample writes them, in less than 1.5 GiB."""
     archive = torch.load(ROOT / "weights" / "vae_z20.pt", weights_only=True)
     vae20 = vae.build(archive["config"])
     experiment.load_state(vae20, archive, tmp_path, "")
-    for name, images in (("samples", vae.sample(vae20, 10_000)), ("real", data.train_images[:1000])):
+    real = data.train_images[torch.randperm(50_000, generator=torch.Generator().manual_seed(1))[:1000]]
+    for name, images in (("samples", vae.sample(vae20, 10_000)), ("real", real)):
         np.savez_compressed(tmp_path / f"{name}.npz", images=images.numpy())
-    patch = "import experiment, functools, torch\nmain = judge.main\n"
+    patch = "import experiment, functools, torch\nmain = judge.main\njudge.DRAWS = 2  # of five, to save time\n"
     for name in ("features_and_logits", "squared_radii"):  # once for the reference, to save time
         patch += f"judge.{name} = functools.cache(judge.{name})\n"
     patch += "judge.main = lambda flags: main(flags) or print(experiment.peak_memory_mib(torch.device('cpu')))"
     flags = (tmp_path / "samples.npz", tmp_path / "real.npz", "--data-dir", data_dir, "--device", "cpu")
-    out, _ = run_script("judge", *flags, output=tmp_path / "said", patch=patch)
-    head, _, floor, *rows, peak = out.splitlines()
+    out, said = run_script("judge", *flags, output=tmp_path / "said", patch=patch)
+    head, _, *few, real, floor, least, greatest, samples, peak = out.splitlines()
     assert "test" in head and "floor" in floor and float(peak) < 1536
-    assert "samples.npz (10,000)" in rows[0] and "real.npz (1,000)" in rows[1] and len(rows) == 2
-    expected = result_of(ROOT, "judge")["result"]["floor"], result_of(ROOT, "vae_z20")["result"]
-    for row, result in zip((floor, rows[0]), expected):
+    assert "samples.npz (10,000)" in samples and "real.npz (1,000)" in real and not said
+    assert len(few) == 3 and "2 draws of 1,000 training images" in few[0] and "2 draws of 10,000" in floor
+    draws = result_of(ROOT, "judge")["result"]["floor"]["draws"][:2]
+    mean = {key: sum(draw[key] for draw in draws) / 2 for key in judge.MEASURES}
+    expected = mean, result_of(ROOT, "vae_z20")["result"]
+    for row, result in zip((floor, samples), expected):
         fid, precision, recall, *counts = (float(value) for value in row.split()[:13])
         assert fid == pytest.approx(result["fid"], rel=1e-2, abs=0.01)
         assert (precision, recall) == pytest.approx((result["precision"], result["recall"]), abs=5e-3)
-        assert sum(counts) == 10_000
+        assert sum(counts) == pytest.approx(10_000, abs=5)
+    for row, choose in ((least, min), (greatest, max)):
+        assert float(row.split()[0]) == pytest.approx(choose(draw["fid"] for draw in draws), rel=1e-2)
     assert expected[0]["precision"] > 0.8 and expected[0]["recall"] > 0.8
-    assert expected[0]["fid"] < float(rows[1].split()[0]) < 100 * expected[0]["fid"]
+    low, high, ours = (float(row.split()[0]) for row in (few[1], few[2], real))
+    assert 1.5 * expected[0]["fid"] < low < high and low / 2 < ours < 2 * high  # fewer images are farther away
 
 
 # Where the judge is missing
@@ -155,13 +206,17 @@ def test_a_run_without_the_judge_ends_with_its_own_result(
     module = importlib.import_module(script)
     assert module.main([*flags, "--out", str(out)]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "  epoch " not in line]
-    words = {"missing": "code/judge.py --train", "damaged": "is damaged", "of other data": "knows mnist only"}
+    words = {"missing": "code/judge.py --train", "damaged": "is damaged", "of other data": "no judge at"}
     assert "without fid, precision, recall and class_counts" in line and words[lacking] in line
     ours = {path.replace(name, "*"): content for path, content in lasting(out).items()}
     assert ours.keys() == judged.keys()
     ours, judged = ours["figures/*.json"], judged["figures/*.json"]
+    if lacking != "damaged":  # else its history was written with the judge
+        for row in judged["history"]:
+            for key in [key for key in row if script == "gan" and key.startswith("val_")]:
+                del row[key]
     assert ours["history"] == judged["history"]
-    assert ours["result"].keys() == judged["result"].keys() - VERDICT - {"unaveraged", "validation"}
+    assert ours["result"].keys() == judged["result"].keys() - VERDICT - {"unaveraged", "validation", "over_noise"}
 
 
 # Files
@@ -236,14 +291,32 @@ def test_missing_weights_name_the_command_and_nothing_is_trained(tmp_path, capsy
     assert not (tmp_path / "weights").exists()
 
 
-def test_real_images_are_those_of_the_reference(tiny, tmp_path, monkeypatch, capsys):
-    references, verdict = [], judge.verdict
-    monkeypatch.setattr(judge, "verdict", lambda *args: references.append(args[2]) or verdict(*args))
+def test_real_images_are_those_of_the_reference(model, tiny, tmp_path, monkeypatch, capsys):
+    references, compared = [], judge.compared
+    monkeypatch.setattr(judge, "compared", lambda *args: references.append(args[1]) or compared(*args))
     np.savez(tmp_path / "good.npz", images=GOOD)
     for name, images in (("test", tiny.test_images), ("validation", tiny.validation_images)):
         assert judge.main([str(tmp_path / "good.npz"), "--reference", name, "--out", str(ROOT)]) == 0
         assert name in capsys.readouterr().out.splitlines()[0]
-        assert all(torch.equal(references.pop(), images) for _ in range(2)) and not references
+        features, _ = judge.features_and_logits(model, images)
+        assert len(references) == judge.DRAWS + 1
+        assert all(torch.equal(references.pop().features, features) for _ in range(judge.DRAWS + 1))
+
+
+def test_images_of_other_data_are_warned_of(data, tmp_path, monkeypatch, capsys):
+    """Digits in black on white, for one; not digits as they are. Each file is named that gives itself away."""
+    small = mnist.Data(
+        *(each[:1200] for each in (data.images, data.labels, data.test_images, data.test_labels)), validation=100
+    )
+    monkeypatch.setattr(mnist, "load", lambda *_: small)
+    for name, images in (("digits", data.test_images[-1000:]), ("inverted", 255 - data.test_images[-1000:])):
+        np.savez(tmp_path / f"{name}.npz", images=images.numpy())
+    files = [str(tmp_path / f"{name}.npz") for name in ("digits", "inverted")]
+    assert judge.main([*files, "--out", str(ROOT)]) == 0
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith(files[1]) and "other data" in line
+    assert len(said.out.splitlines()) == 7  # head, floor of the one size, a row for each file
 
 
 def test_training_never_replaces_the_frozen_judge(tmp_path, data_dir, capsys):
@@ -263,11 +336,17 @@ def test_training_writes_weights_and_json(tiny, tmp_path, monkeypatch):
     content = result_of(tmp_path, "judge")
     assert content["config"] == {**judge.SETTINGS, "neighbours": judge.NEIGHBOURS}
     assert {"test_accuracy", "floor", "floor_validation", "parameters", "train_seconds"} <= set(content["result"])
+    path = tmp_path / "figures" / "judge.json"
+    path.write_text(json.dumps({**content, "result": {**content["result"], "floor": None}}))
+    assert judge.main(["--floor", "--out", str(tmp_path)]) == 0
+    assert result_of(tmp_path, "judge") == content
+    path.write_text(json.dumps({**content, "weights_sha256": "of another"}))
+    assert judge.main(["--floor", "--out", str(tmp_path)]) == 2
     reread = judge.load(torch.device("cpu"), tmp_path)
     assert sum(p.numel() for p in reread.parameters()) == content["result"]["parameters"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--train", "x.npz"]])
+@pytest.mark.parametrize("flags", [[], ["--train", "x.npz"], ["--floor", "x.npz"], ["--floor", "--train"]])
 def test_files_or_training(capsys, flags):
     assert judge.main(flags) == 2
     assert "--train" in capsys.readouterr().err

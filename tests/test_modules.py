@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT, RUNS
 
 FLOORS = (  # from the bottom to the top; a module imports from lower floors only
-    {"cli"}, {"training"}, {"experiment"}, {"mnist", "pictures"}, {"judge"}, set(RUNS), {"bench", "theory", "collect"},
+    {"cli"}, {"training"}, {"experiment"}, {"mnist", "pictures"}, {"judge"}, set(RUNS),
+    {"bench", "explorer", "theory", "collect"},
 )  # fmt: skip
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 SOURCES = {path.stem: path.read_text() for folder in ("code", "report") for path in (ROOT / folder).glob("*.py")}

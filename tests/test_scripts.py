@@ -19,15 +19,15 @@ load = mnist.load
 def fewer(*args):
     data = load(*args)
     images = torch.cat((data.images[:2000], data.images[-500:]))
-    return dataclasses.replace(data, images=images, test_images=data.test_images[:500])
-mnist.load, mnist.TRAIN, judge.JUDGED = fewer, 2000, 100
+    return dataclasses.replace(data, images=images, test_images=data.test_images[:500], validation=500)
+mnist.load, judge.JUDGED, gan.PROBE = fewer, 100, 100
 vae.quadrature_log_px = functools.partial(vae.quadrature_log_px, points=21)
 for script in (vae, gan, nf):
     script.seconds_per_1000 = lambda *_: 0.0
 """
 SHORT = {  # run -> flags that make it one of seconds
     "vae": "--z-dim 2 --epochs 2 --batch-size 25 --hidden 128 --prior flow --couplings 2 --importance-samples 2",
-    "gan": "--epochs 2 --batch-size 50 --decay 0.9 --settling 500",
+    "gan": "--epochs 2 --batch-size 50 --decay 0.9 --settling 500 --fresh-epochs 2",
     "nf": "--epochs 2 --batch-size 25 --hidden 8 --couplings 1 --components 2 --importance-samples 2",
 }
 NAMES = {**RUNS, "vae": "vae_z2"}
@@ -87,6 +87,9 @@ def test_a_short_run_learns(reference):
         assert first["loss_g"] == pytest.approx(math.log(2), abs=0.05)
         assert last["loss_d"] < math.log(4) < first["loss_d"] and last["d_real"] > last["d_fake"]
         checkpoint = torch.load(out / "checkpoints" / "gan.pt", weights_only=True)
+        assert last["val_fid"] < first["val_fid"]
+        fresh = content["result"]["fresh_discriminator"]
+        assert fresh["loss"][0] == pytest.approx(math.log(4), abs=0.05) and fresh["loss"][-1] < math.log(4)
         grey = [float(images.float().mean()) for images in checkpoint["frames"].values()]
         assert grey[0] > 120 and grey[-1] < 60  # the training images' mean is 33
     if script == "nf":

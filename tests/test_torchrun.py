@@ -1,0 +1,146 @@
+"""Several processes that torchrun starts: the same gradients as one, the same bits in all, and an end when one ends."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, SMALL, result_of
+
+PREAMBLE = f"""
+import hashlib, os, signal, sys
+sys.path.insert(0, {str(ROOT / "code")!r})
+import cli
+import torch
+import experiment, gan, judge, nf, training, vae
+torch.set_num_threads(1)
+"""
+GRADIENTS = """
+@cli.exit_status
+def main(argv=None):
+    training.connect(torch.device("cpu"))
+    torch.manual_seed(0)
+    x, eps, noise = (torch.rand(8, 784) < 0.3).float(), torch.randn(8, 20), torch.rand(8, 28, 28)
+    images, z = torch.randint(256, (8, 28, 28), dtype=torch.uint8), torch.randn(8, 100)
+    flow_flags = "--hidden 4 --levels 2 --couplings 1".split()
+    models = [each.build(cli.settings(each.flags().parse_args(flags))).eval()
+              for each, flags in ((vae, []), (nf, flow_flags), (gan, []))]
+    for parameter in (each for model in models for each in model.parameters()):
+        parameter.data += 0.01 * torch.randn(parameter.shape)  # couplings begin with zeros
+    losses = (
+        lambda i: -vae.elbo(models[0], x[i], eps[i], True).mean(),
+        lambda i: nf.bits_per_dim(nf.log_prob(models[1], nf.dequantised(images[i], noise[i]))).mean(),
+        lambda i: gan.discriminator_objective(models[2], gan.scaled(images[i].flatten(1)), z[i])[0],
+    )
+    for model, loss in zip(models, losses):
+        loss(torch.arange(8)).backward()
+        whole = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        assert max(float(each.abs().max()) for each in whole) > 1e-3
+        model.zero_grad()
+        training.adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+        loss(training.share(torch.arange(8))).backward()
+        shared = [p.grad for p in model.parameters() if p.grad is not None]
+        assert len(whole) == len(shared)
+        for ours, theirs in zip(shared, whole):
+            assert (ours - theirs).abs().max() <= 1e-6 * max(1, float(theirs.abs().max())), (ours - theirs).abs().max()
+    training.own_noise(0, 1)
+    drawn = torch.rand(3)
+    first = training.from_process_0(drawn.clone())
+    assert torch.equal(drawn, first) == (cli.rank() == 0)
+    means = torch.full((2,), float(cli.rank()))
+    training.check_finite(1, loss=means)
+    assert means.tolist() == [0.5, 0.5]
+    cli.say(f"process {cli.rank()} of {cli.processes()} agrees")
+sys.exit(main([]))
+"""
+BITS = """
+buffers = training.same_buffers
+def told(parts):
+    buffers(parts)
+    parts = [*parts]
+    model, optimizer = parts[0], parts[-1]
+    state = [*model.state_dict().values()]
+    state += [v for s in optimizer.state_dict()["state"].values() for v in s.values() if v.ndim]
+    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in state)).hexdigest()
+    cli.say(f"bits {cli.rank()} {digest} {torch.initial_seed()}")
+training.same_buffers = told
+gan.seconds_per_1000 = lambda *_: 0.0
+sys.exit(gan.main(sys.argv[1:]))
+"""
+KILLED = """
+steps = experiment.Run.steps
+def killed(self, epoch, batches, total):
+    for number, each in enumerate(steps(self, epoch, batches, total)):
+        if (epoch, number, cli.rank()) == (2, 2, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield each
+experiment.Run.steps = killed
+vae.seconds_per_1000 = lambda *_: 0.0
+sys.exit(vae.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Runs a program, after PREAMBLE, in two processes; its status, what was said, and how long it took."""
+
+    def run(program: str, *flags: object) -> tuple[int, str, float]:
+        (tmp_path / "program.py").write_text(PREAMBLE + program)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += [tmp_path / "program.py", *map(str, flags)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        begin = time.monotonic()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        return done.returncode, done.stderr, time.monotonic() - begin
+
+    return run
+
+
+@pytest.fixture
+def own(tmp_path):
+    """The flag for images of one's own."""
+    np.savez(tmp_path / "own.npz", images=np.random.default_rng(0).integers(0, 256, (300, 28, 28), np.uint8))
+    return f"--dataset={tmp_path / 'own.npz'}"
+
+
+def test_the_gradients_are_those_of_one_process(torchrun):
+    """Of the VAE, the flow and the discriminator: the generator's batch norm sees a process's share alone."""
+    status, said, _ = torchrun(GRADIENTS)
+    assert status == 0 and all(f"process {rank} of 2 agrees" in said for rank in (0, 1)), said
+
+
+def test_all_processes_hold_the_same_bits_after_an_epoch(torchrun, own, tmp_path):
+    status, said, _ = torchrun(BITS, *SMALL["gan"], own, "--out", tmp_path / "out", "--device", "cpu")
+    assert status == 0, said
+    found = re.findall(r"bits (\d) (\w+) (\d+)", said)
+    digests, seeds = ([[row[n] for row in found if row[0] == rank] for rank in "01"] for n in (1, 2))
+    assert len(digests[0]) == 3 and digests[0] == digests[1] and len({*digests[0]}) == 3
+    assert len({*seeds[0], *seeds[1]}) == 6  # noise of every process's own, in every epoch
+    assert said.count("  epoch ") == 3  # one of them tells
+    content = result_of(tmp_path / "out", "gan_own")
+    assert content["environment"]["processes"] == 2 and len(content["history"]) == 3
+
+
+def test_when_one_is_killed_the_other_ends_and_a_resume_goes_on(torchrun, own, tmp_path):
+    flags = [*SMALL["vae"], own, "--out", tmp_path / "out", "--device", "cpu"]
+    status, said, _ = torchrun(KILLED, *flags)
+    checkpoint = tmp_path / "out" / "checkpoints" / "vae_z20_own.pt"
+    assert status == 1 and time.time() - checkpoint.stat().st_mtime < 60, said
+    ours = [line for line in said.splitlines() if line.startswith("vae.py: ")]
+    assert len(ours) == 1 and "another process of this training has ended" in ours[0] and "--resume" in ours[0], said
+    command = [sys.executable, ROOT / "code" / "vae.py", *map(str, flags), "--resume"]  # with one process
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "epoch 0/2" not in done.stderr and "epoch 2/2" in done.stderr, done.stderr
+    assert len(result_of(tmp_path / "out", "vae_z20_own")["history"]) == 3
+    status, said, _ = torchrun(KILLED.replace("(2, 2, 1)", "()"), *flags, "--resume")  # finished: redraws, and ends
+    assert status == 0 and "  epoch " not in said, said
+
+
+def test_mistakes_are_one_line_for_all(torchrun, own, tmp_path):
+    status, said, _ = torchrun(KILLED, own, "--batch-size", "51", "--out", tmp_path / "out")
+    ours = [line for line in said.splitlines() if line.startswith("vae.py: ")]
+    assert status == 1 and len(ours) == 1 and "no multiple of the 2 processes" in ours[0], said
