@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIRST_COLOUR, SECOND_COLOUR, MARK_COLOUR = "#0072b2", "#d55e00", "#555555"  # distinct to the colour-blind
+STYLE: dict[str, object] = {}  # rcParams of every figure
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
     """A figure of this size in inches, drawn without a display, and its panels row by row; columns share an x axis.
 
     It looks the same everywhere: a notebook's MPLBACKEND, which need not exist here, and anybody's matplotlibrc are
-    put out of force.
+    put out of force. STYLE holds what is to differ from matplotlib's own defaults.
     """
     if "matplotlib" not in sys.modules:
         os.environ["MPLBACKEND"] = "agg"  # read at import, and an error if it is unknown
@@ -76,6 +77,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update(matplotlib.rcParamsDefault)  # without `backend`, which would choose one anew
+    matplotlib.rcParams.update(STYLE)
     fig = Figure(figsize=(width, height), layout="constrained")
     axes = fig.subplots(rows, columns, sharex="col", squeeze=False).ravel().tolist()
     for ax in axes:

@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +58,11 @@ TEMPERATURES, TEMPERATURE_SAMPLES = (1.0, 0.85, 0.7), 2000  # of the flow's late
 SEPARATIONS = [0.25 * n for n in range(33)]  # of two normals, in standard deviations
 LINE = torch.linspace(-30, 40, 70_001, dtype=torch.float64)  # for integrals over one dimension
 SPACING = float(LINE[1] - LINE[0])
+REPORT_TYPE = {  # the figures' type is the report's, Computer Modern, at the size in which it prints them
+    "font.family": "serif", "font.serif": ["cmr10"], "mathtext.fontset": "cm", "axes.formatter.use_mathtext": True,
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "legend.fontsize": 7.5,
+}  # fmt: skip
 
 
 # Helpers
@@ -74,19 +78,6 @@ def normal_log_prob(x: Tensor, mean: Tensor | float, log_variance: Tensor | floa
 def integral(values: Tensor) -> float:
     """The integral over the line of a function's values at LINE; the function vanishes at its ends."""
     return float(values.sum()) * SPACING
-
-
-def report_type() -> AbstractContextManager:
-    """Figures in the report's type, Computer Modern, at the size in which it prints them."""
-    import matplotlib
-
-    small = {f"{each}.labelsize": 8 for each in ("axes", "xtick", "ytick")}
-    return matplotlib.rc_context(
-        {
-            "font.family": "serif", "font.serif": ["cmr10"], "mathtext.fontset": "cm", "font.size": 9,
-            "axes.formatter.use_mathtext": True, "axes.titlesize": 9, "legend.fontsize": 7.5, **small,
-        }
-    )  # fmt: skip
 
 
 # 1 Variational autoencoders
@@ -797,11 +788,12 @@ def q3_3_cost(flow: nf.Flow, images: int, out: Path) -> dict:
     ax.annotate("$\\propto d^3$", (SIZES[-2], guide[-2]), xytext=(0, -9), textcoords="offset points", color="0.5")
     ax.set(xlabel="dimension $d$", ylabel="milliseconds")
     ax.grid(alpha=0.3)
+    largest = answer[f"d{SIZES[-1]}"]
+    ax.set_ylim(top=300 * largest["formed_ms"])  # room for the legend
     ax.legend(frameon=False)
     pictures.save_figure(out / "theory_cost", fig)
     couplings, at = sum(len(level) for level in flow.levels), answer[f"d{SIZES[-2]}"]
     one = (at["formed_ms"] + at["dense_ms"]) / 1000  # seconds
-    largest = answer[f"d{SIZES[-1]}"]
     return answer | {
         "times_lu": largest["formed_ms"] / largest["dense_ms"],
         "couplings": couplings,
@@ -1172,13 +1164,13 @@ def main(argv: list[str] | None = None) -> None:
         "q3_8_yardsticks": lambda: q3_8_yardsticks(data),
     }
     answers, seconds = {}, {}
-    with report_type():
-        draw_diagrams(out)
-        for name, question in questions.items():
-            begin = time.process_time()  # of all threads: other programs do not count
-            answers[name] = question()
-            seconds[name] = time.process_time() - begin
-            print(f"{name}  {seconds[name]:.1f} s", flush=True)
+    pictures.STYLE.update(REPORT_TYPE)
+    draw_diagrams(out)
+    for name, question in questions.items():
+        begin = time.process_time()  # of all threads: other programs do not count
+        answers[name] = question()
+        seconds[name] = time.process_time() - begin
+        print(f"{name}  {seconds[name]:.1f} s", flush=True)
     weights = {
         f"{name}_sha256": hashlib.sha256((ROOT / "weights" / f"{name}.pt").read_bytes()).hexdigest()
         for name in TRAINED_BY

@@ -515,6 +515,7 @@ def test_all_of_it_runs(data, data_dir, tmp_path, coarse, monkeypatch, answers):
     small |= {"vae_z20": built(vae, "--hidden", 8), "vae_best": built(vae, "--prior", "flow", "--hidden", 8)}
     monkeypatch.setattr(theory, "trained", lambda name, build: small[name])
     monkeypatch.setattr(judge, "JUDGED", 500)
+    monkeypatch.setattr(theory.pictures, "STYLE", {})
     assert theory.main(["--out", str(tmp_path), "--data-dir", str(data_dir)]) == 0
     written = json.loads((tmp_path / "figures" / "theory.json").read_text())
     assert list(written) == list(answers)
@@ -522,6 +523,7 @@ def test_all_of_it_runs(data, data_dir, tmp_path, coarse, monkeypatch, answers):
     assert written["q1_13"]["elbo_stopped"] != written["q1_13"]["elbo_plain"]
     pictures = {path.name for path in (tmp_path / "figures").iterdir()}
     assert pictures == {path.name for path in (ROOT / "figures").glob("theory*")}
+    assert all(b"Cmr10" in path.read_bytes() for path in (tmp_path / "figures").glob("*.pdf"))  # the report's type
 
 
 def test_no_weights_name_the_command(tmp_path, monkeypatch, capsys):
