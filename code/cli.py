@@ -254,7 +254,8 @@ def dataset_name(dataset: str | Path) -> str:
     return dataset if isinstance(dataset, str) else dataset.name + "/" * dataset.is_dir()
 
 
-MACHINE = {"best", "device", "data_dir", "out", "resume", "evaluate", "sample"}  # flags that do not shape a result
+# Flags that do not shape a result.
+MACHINE = {"best", "device", "data_dir", "out", "resume", "evaluate", "sample", "temperature"}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

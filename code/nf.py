@@ -33,6 +33,7 @@ EVALUATION_IMAGES = 10_000  # of the training images; validation and test have a
 EVALUATION_BATCH = 250
 INTERPOLATIONS, POINTS = 8, 9  # rows, and images in a row, both ends included
 TEMPERATURES = (0.7, 0.8, 0.9)  # of samples, besides 1
+BEST = {"epochs": 60, "blocks": 3, "components": 16}  # the record run's settings
 FLOOR = 1e-6, 0.1  # weight and rate of a logistic around 0 that every mixture has besides its own
 
 
@@ -132,20 +133,20 @@ class Residual(nn.Module):
 class Coupling(nn.Module):
     """Transforms x_b by what it sees of x_a, half of the numbers each: (batch, channels, height, width) both.
 
-    hidden: channels of the conditioner. components: J logistics in the mixture before the affine map, with means from
-    -spread to spread before training, and log-weights and log-scales within a limit; with 0 there is the affine map
-    alone.
+    hidden, blocks: channels and residual blocks of the conditioner. components: J logistics in the mixture before the
+    affine map, with means from -spread to spread before training, and log-weights and log-scales within a limit; with 0
+    there is the affine map alone.
     """
 
-    def __init__(self, channels: int, hidden: int, components: int, spread: float, limit: float):
+    def __init__(self, channels: int, hidden: int, blocks: int, components: int, spread: float, limit: float):
         super().__init__()
         self.components, self.limit = components, limit
-        self.outputs = 2 + 3 * components  # for each number
-        last = nn.Conv2d(hidden, channels * self.outputs, 3, padding=1)
+        self.outputs = 1, 1, 2 * components, components  # for each number
+        last = nn.Conv2d(hidden, channels * sum(self.outputs), 1)
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
         first = nn.Conv2d(channels, hidden, 3, padding=1)
-        self.conditioner = nn.Sequential(first, Residual(hidden), nn.SiLU(), last)
+        self.conditioner = nn.Sequential(first, *(Residual(hidden) for _ in range(blocks)), nn.SiLU(), last)
         self.gain = nn.Parameter(torch.ones(channels, 1, 1))
         means = torch.linspace(-spread, spread, components)  # components alike would stay alike
         self.spread = nn.Parameter(means.view(-1, 1, 1, 1).repeat(1, channels, 1, 1))
@@ -154,11 +155,10 @@ class Coupling(nn.Module):
         """What x_a says: log-scale and shift of the affine map, (batch, channels, height, width) each, and
         log-weights, means, log-scales of the mixture, (batch, J, channels, height, width) each."""
         x_a = x_a.contiguous(memory_format=torch.channels_last)
-        out = self.conditioner(x_a).contiguous().unflatten(1, (self.outputs, -1))
-        log_weight, mu, log_s = out[:, 2:].chunk(3, dim=1)
-        log_weight, log_s = (each.clamp(-self.limit, self.limit) for each in (log_weight, log_s))
-        mixture = log_weight, mu + self.spread, log_s
-        return self.gain * torch.tanh(out[:, 0]), out[:, 1], mixture
+        out = self.conditioner(x_a).contiguous().unflatten(1, (-1, x_a.shape[1]))
+        log_scale, shift, logs, mu = out.split(self.outputs, 1)
+        log_weight, log_s = logs.clamp(-self.limit, self.limit).chunk(2, 1)
+        return self.gain * torch.tanh(log_scale.squeeze(1)), shift.squeeze(1), (log_weight, mu + self.spread, log_s)
 
     def forward(self, x_a: Tensor, x_b: Tensor) -> tuple[Tensor, Tensor]:
         """The transformed x_b, and the coupling's ladj, log |det| of its Jacobian, (batch,), eq:coupling."""
@@ -177,7 +177,7 @@ class Coupling(nn.Module):
 
 
 class Dequantiser(nn.Module):
-    """q(u|x), the distribution of the noise given the image (Ho et al. 2019), eq:learned.
+    """q(u|x), the distribution of the noise given the image (Ho et al. 2019), eq:variational.
 
     Each pixel's u is the sigmoid of a logistic number, scaled and shifted by what a network sees of the whole image. It
     starts as uniform noise. hidden: channels of the network.
@@ -276,7 +276,7 @@ class Flow(nn.Module):
 
 def build(config: dict) -> Flow:
     """The model of a run's config, untrained."""
-    names = ("levels", "couplings", "shrink", "hidden", "components", "spread", "limit")
+    names = ("levels", "couplings", "shrink", "hidden", "blocks", "components", "spread", "limit")
     return Flow(learned=config["noise"] == "learned", **{name: config[name] for name in names})
 
 
@@ -293,7 +293,7 @@ def log_prob(model: Flow, v: Tensor) -> Tensor:
 
 
 def dequantise(model: Flow, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """v = x + u in [0, 256], and log q(u|x), eq:learned: (batch, side, side) and (batch,).
+    """v = x + u in [0, 256], and log q(u|x), eq:variational: (batch, side, side) and (batch,).
 
     images: grey values 0 to 255; noise: uniform in [0, 1), both (batch, side, side). Where none is learned, u is the
     noise itself, whose log-density is 0.
@@ -306,7 +306,7 @@ def dequantise(model: Flow, images: Tensor, noise: Tensor) -> tuple[Tensor, Tens
 
 
 def bound(model: Flow, images: Tensor, noise: Tensor) -> Tensor:
-    """log p(x + u) - log q(u|x) at one draw of u, (batch,), in nats: its mean is at most log P(x), eq:learned."""
+    """log p(x + u) - log q(u|x) at one draw of u, (batch,), in nats: its mean is at most log P(x), eq:variational."""
     v, log_q = dequantise(model, images, noise)
     return log_prob(model, v) - log_q
 
@@ -392,7 +392,7 @@ def mean_bpd(model: Flow, images: Tensor, noise: Tensor) -> float:
 def importance_weighted_bpd(
     model: Flow, images: Tensor, label: str, draws: int, unfinished: Path | None = None
 ) -> Tensor:
-    """Bits per dimension from log mean_k p(x + u_k) / q(u_k|x), eq:learned, over `draws` draws of the noise.
+    """Bits per dimension from log mean_k p(x + u_k) / q(u_k|x), eq:variational, over `draws` draws of the noise.
 
     Images (n, 28, 28) uint8 to (n,) in float64, on the CPU. It falls with the draws to the bits of the discrete P(x).
     unfinished: as in `experiment.log_mean_exp`.
@@ -476,13 +476,14 @@ def different_pairs(data: mnist.Data) -> tuple[Tensor, Tensor]:
 
 def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
-    parser = cli.Parser(__doc__)
-    cli.add_flags(parser, epochs=40, batch_size=48, lr=3e-3, betas=(0.9, 0.99))
+    parser = cli.Parser(__doc__, BEST)
+    cli.add_flags(parser, epochs=40, batch_size=48, lr=5e-3, betas=(0.9, 0.99))
     count, share, size = cli.positive_int, cli.fraction, cli.positive_float
     parser.add_argument("--levels", type=count, choices=range(1, 5), default=4, metavar="N", help="of the checkerboard")
     parser.add_argument("--couplings", type=cli.layers, default=3, metavar="N", help="on each level")
     parser.add_argument("--hidden", type=count, default=32, metavar="N", help="channels of the conditioners")
-    parser.add_argument("--components", type=cli.nonnegative_int, default=4, metavar="J", help="logistics; 0: none")
+    parser.add_argument("--blocks", type=count, default=2, metavar="N", help="residual blocks of the conditioners")
+    parser.add_argument("--components", type=cli.nonnegative_int, default=16, metavar="J", help="logistics; 0: none")
     parser.add_argument("--noise", choices=("learned", "uniform"), default="learned", help="that dequantises images")
     parser.add_argument("--shrink", type=share, default=1e-5, metavar="X", help="of pixels: a of eq:logit")
     parser.add_argument("--spread", type=size, default=4.0, metavar="X", help="of a mixture's means at the start")
@@ -499,7 +500,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --evaluate or --sample use what was trained."""
     parser = flags()
     args = parser.parse_args(argv)
-    run = Run("nf", parser, args, evaluation=("importance_samples",))
+    run = Run("nf_best" if args.best else "nf", parser, args, evaluation=("importance_samples",))
     torch.manual_seed(args.seed)
     model = build(run.config).to(run.device)
     if args.evaluate or args.sample:

@@ -15,7 +15,7 @@ from cli import RunError
 from conftest import COSTS, ROOT, SMALL, VERDICT, built, contents, result_of
 
 SHRINK, LIMIT = 1e-5, 7.0  # as the report has them: of pixels before the logit; of log-scales
-COUPLING = {"hidden": 5, "spread": 4.0, "limit": LIMIT}
+COUPLING = {"hidden": 5, "blocks": 1, "spread": 4.0, "limit": LIMIT}
 MAPS = pytest.mark.parametrize("components", [0, 4], ids=["affine", "mixture"])
 
 
