@@ -299,23 +299,32 @@ def _from_pictures(folder: Path) -> dict[str, Split]:
     """The splits of a folder of pictures, one subfolder a class or none, by a fixed hash of their names.
 
     Grey, the shorter side resized to 28 with antialiasing, the centre cropped. The hash, of the name below `folder`,
-    sends a tenth to validation and a tenth to the test images, and a picture to the same split wherever it lies.
+    sends a tenth to validation and a tenth to the test images, and a picture to the same split whatever lies beside it.
     """
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import CenterCrop, Compose, Grayscale, PILToTensor, Resize
 
+    extensions = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+
+    def visible(path: str | Path) -> bool:
+        """Whether it is somebody's, and not what a system or a program put there."""
+        return not any(part.startswith((".", "__")) for part in Path(path).relative_to(folder).parts)
+
+    def is_picture(path: str | Path) -> bool:
+        return str(path).lower().endswith(extensions) and visible(path)
+
     class Pictures(ImageFolder):
         def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-            names = sorted(each.name for each in Path(directory).iterdir() if each.is_dir() and _visible(each))
-            return names or [""], {name: number for number, name in enumerate(names or [""])}
+            there = sorted(folder.iterdir())
+            names = [each.name for each in there if each.is_dir() and visible(each)] or [""]
+            if names != [""] and (loose := [each.name for each in there if each.is_file() and is_picture(each)]):
+                what = f"{loose[0]} beside the subfolder {names[0]}"
+                raise UserError(f"{folder} holds {what}: put all pictures into subfolders, one a class, or none")
+            return names, {name: number for number, name in enumerate(names)}
 
     to_image = Compose([Grayscale(), Resize(SIDE, antialias=True), CenterCrop(SIDE), PILToTensor()])
-    extensions = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
     try:
-        found = Pictures(
-            str(folder), to_image, loader=_picture, allow_empty=True,
-            is_valid_file=lambda name: name.lower().endswith(extensions) and _visible(Path(name)),
-        )  # fmt: skip
+        found = Pictures(str(folder), to_image, loader=_picture, is_valid_file=is_picture, allow_empty=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be looked into ({error.strerror})") from None
     if not found.samples:
@@ -337,11 +346,6 @@ def _from_pictures(folder: Path) -> dict[str, Split]:
     labels = np.array(found.targets) if len(found.classes) > 1 else None
     rows = {"train": tenth > 1, "validation": tenth == 1, "test": tenth == 0}
     return {name: (images[row], None if labels is None else labels[row]) for name, row in rows.items()}
-
-
-def _visible(path: Path) -> bool:
-    """Whether it is somebody's, and not what a system or a program put beside it."""
-    return not path.name.startswith((".", "__"))
 
 
 def _picture(name: str):

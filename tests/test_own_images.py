@@ -187,9 +187,6 @@ def test_idx_files_of_no_use_are_one_line(tmp_path):
 
 def test_pictures_of_classes_and_of_none(tmp_path):
     folder = pictures(tmp_path / "x")
-    (folder / ".hidden").mkdir()
-    (folder / "__MACOSX").mkdir()
-    (folder / "cats" / "._1.png").write_bytes(b"of another system")
     (folder / "cats" / "notes.txt").write_text("no picture")
     data = mnist.load(folder, tmp_path)
     sizes = [len(data.train_images), data.validation, len(data.test_images)]
@@ -197,6 +194,17 @@ def test_pictures_of_classes_and_of_none(tmp_path):
     assert data.classes == 2 and (data.labels.sum() + data.test_labels.sum()) == 110
     plain = mnist.load(pictures(tmp_path / "y", classes=()), tmp_path)
     assert plain.labels is None and len(plain.images) + len(plain.test_images) == 220
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path):
+    for classes in ((), ("cats", "dogs")):
+        folder = pictures(tmp_path / f"{len(classes)} classes", classes)
+        for name in (".ipynb_checkpoints/1.png", "__MACOSX/2.png", "._3.png", ".hidden/cats/4.png"):
+            for there in (folder, *(folder / each for each in classes)):
+                (there / name).parent.mkdir(parents=True, exist_ok=True)
+                (there / name).write_bytes(b"of another system")
+        data = mnist.load(folder, tmp_path)
+        assert len(data.images) + len(data.test_images) == 220 and data.classes == len(classes)
 
 
 def test_a_picture_goes_to_the_same_split_whatever_lies_beside_it(tmp_path):
@@ -243,6 +251,9 @@ def test_folders_of_no_use_are_one_line(tmp_path):
     fails(tmp_path / "empty", "holds no pictures")
     fails(pictures(tmp_path / "few", n=30), "at least 200")
     fails(pictures(tmp_path / "splits", classes=("train", "test")), "a folder for each split")
+    folder = pictures(tmp_path / "both", classes=())
+    (folder / "cats").mkdir()
+    fails(folder, r"0\.png beside the subfolder cats: put all")
     folder = pictures(tmp_path / "broken")
     for content in (b"", b"text", (folder / "cats" / "0.png").read_bytes()[:-300]):
         (folder / "dogs" / "7.png").write_bytes(content)
