@@ -24,7 +24,6 @@ from typing import NamedTuple
 import cli  # before torch is loaded
 
 # isort: split
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -225,24 +224,12 @@ def find(run: experiment.Run, quiet: bool = False) -> Judge | None:
 
 def read_samples(path: Path) -> Tensor:
     """The images of an .npz as (n, 28, 28) uint8. Raises UserError if it holds anything else."""
-    try:
-        archive = np.load(path, allow_pickle=False)
-        images = archive["images"] if isinstance(archive, np.lib.npyio.NpzFile) else None
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except Exception as error:  # numpy, zipfile and zlib each have errors of their own
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} has no readable 'images' ({reason}): write it with numpy.savez, no objects") from None
-    if not isinstance(images, np.ndarray):
-        raise UserError(f"{path} is no .npz with an array 'images': write it with numpy.savez")
-    if images.dtype != np.uint8:
-        raise UserError(f"{path} holds {images.dtype}, not uint8: scale the images to 0 .. 255 and round them")
-    if images.ndim != 3 or images.shape[1:] != (mnist.SIDE, mnist.SIDE):
-        raise UserError(f"{path} holds images of shape {images.shape}, not (N, {mnist.SIDE}, {mnist.SIDE})")
+    arrays = mnist.read_npz(path, {"images"})
+    if "images" not in arrays:
+        raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'} and no images: name the array so")
+    images = mnist.checked(str(path), arrays["images"])
     if len(images) < FEWEST:
         raise UserError(f"{path} holds {len(images)} images: at least {FEWEST} are needed")
-    if images.max() <= 1:
-        raise UserError(f"{path} holds no value above 1: scale the images to 0 .. 255")
     return torch.from_numpy(images)
 
 

@@ -281,6 +281,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, capsys, name, content)
     assert judge.main([str(path), "--out", str(ROOT)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "bad.npz" in error, name
+    assert ("more than fits into memory" in error) == (name == "huge")
 
 
 def test_missing_weights_name_the_command_and_nothing_is_trained(tmp_path, capsys):

@@ -31,6 +31,13 @@ def npz(path, **arrays):
     return path
 
 
+def medmnist(train=slice(0, 200), val=slice(200, 230), test=slice(230, 300)):
+    """Arrays under MedMNIST's keys, with their labels as columns."""
+    parts = {"train": train, "val": val, "test": test}
+    images = {f"{name}_images": IMAGES[part] for name, part in parts.items()}
+    return images | {f"{name}_labels": LABELS[part, None] for name, part in parts.items()}
+
+
 def pictures(folder, classes=("cats", "dogs"), n=220, size=(40, 30)):
     """A folder of `n` random pictures, spread over the classes."""
     for number in range(n):
@@ -44,10 +51,7 @@ def pictures(folder, classes=("cats", "dogs"), n=220, size=(40, 30)):
 
 
 def test_medmnists_keys_and_its_own_validation_set(tmp_path):
-    keys = {}
-    for name, part in (("train", slice(0, 200)), ("val", slice(200, 230)), ("test", slice(230, 300))):
-        keys |= {f"{name}_images": IMAGES[part], f"{name}_labels": LABELS[part, None]}
-    data = mnist.load(npz(tmp_path / "x.npz", **keys), tmp_path)
+    data = mnist.load(npz(tmp_path / "x.npz", **medmnist()), tmp_path)
     assert torch.equal(data.images, torch.from_numpy(IMAGES[:230])) and data.validation == 30 and data.classes == 3
     assert torch.equal(data.train_images, torch.from_numpy(IMAGES[:200]))
     assert torch.equal(data.validation_images, torch.from_numpy(IMAGES[200:230]))
@@ -93,7 +97,9 @@ def test_several_labels_for_an_image_are_none(tmp_path):
         ({"x_train": IMAGES}, "no x_test"),
         ({"x_train": IMAGES[:200], "x_test": IMAGES[200:], "y_train": LABELS[:200]}, "y_train and no y_test"),
         ({"train_images": IMAGES[:200], "val_images": IMAGES[:5], "test_images": IMAGES[200:]}, "5 validation"),
-        ({"train_images": IMAGES[:200], "test_images": IMAGES[200:, :9]}, "(test) holds images of shape"),
+        ({"train_images": IMAGES[:200], "test_images": IMAGES[200:, :9]}, "(test_images) holds images of shape"),
+        (medmnist(val=slice(0)), "0 validation"),
+        ({"x_train": np.uint8(9), "y_train": LABELS, "x_test": IMAGES, "y_test": LABELS}, "images of shape ()"),
     ],
 )
 def test_an_npz_of_no_use_is_one_line(tmp_path, capsys, arrays, words):
