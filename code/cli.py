@@ -243,15 +243,22 @@ def dataset(text: str) -> str | Path:
         there = there.resolve() if there.name in ("", "..") else there
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be looked at ({error.strerror})") from None
-    if not re.fullmatch(r"\w([\w .+-]{0,58}\w)?", there.stem):
+    if not re.fullmatch(r"\w([\w .+-]{0,58}\w)?", stem(there)):
         what = "letters, digits, blanks and . + - _ between them, at most 60"
         raise argparse.ArgumentTypeError(f"{text!r} would name the run's files: rename it, to {what}")
     return there
 
 
+def stem(dataset: str | Path) -> str:
+    """What the names of a run and of a judge say of their data: of a folder `raw`, as torchvision's are, its parent."""
+    if isinstance(dataset, str) or not dataset.is_dir():
+        return Path(dataset).stem
+    return dataset.parent.resolve().name if dataset.name == "raw" else dataset.name
+
+
 def dataset_name(dataset: str | Path) -> str:
     """What a run's config says of its data: no path, and another name than those of DATASETS."""
-    return dataset if isinstance(dataset, str) else dataset.name + "/" * dataset.is_dir()
+    return dataset if isinstance(dataset, str) else f"{stem(dataset)}/" if dataset.is_dir() else dataset.name
 
 
 MACHINE = {"best", "device", "data_dir", "out", "resume", "evaluate", "sample"}  # flags that do not shape a result

@@ -247,7 +247,7 @@ class Run:
     def __init__(
         self, name: str, parser: cli.Parser, args: Namespace, report: tuple[dict, ...] = ({},), evaluation: tuple = ()
     ):
-        self.name = name if args.dataset == "mnist" else f"{name}_{Path(args.dataset).stem}"
+        self.name = name if args.dataset == "mnist" else f"{name}_{cli.stem(args.dataset)}"
         self.args, self.config, self.evaluation = args, cli.settings(args), evaluation
         self.device = cli.device(args.device)
         self.follows = cli.rank() > 0  # another process evaluates, draws and writes

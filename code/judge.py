@@ -179,7 +179,7 @@ def verdict(model: Judge, images: Tensor, reference: Tensor) -> dict:
 
 def name_of(dataset: str | Path) -> str:
     """The name of the judge of a data set, as in weights/<name>.pt: `judge` for MNIST."""
-    return "judge" if dataset == "mnist" else f"judge_{Path(dataset).stem}"
+    return "judge" if dataset == "mnist" else f"judge_{cli.stem(dataset)}"
 
 
 def home(dataset: str | Path) -> Path:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import cli
+import experiment
 import gan
 import judge
 import mnist
@@ -288,6 +289,19 @@ def test_a_config_names_the_data_without_their_place(tmp_path):
         there.touch() if there.suffix else there.mkdir()
         args = vae.flags().parse_args([f"--dataset={there}"])
         assert cli.settings(args)["dataset"] == expected and expected != "mnist"
+
+
+def test_different_folders_name_different_runs(tmp_path):
+    """Also those that torchvision makes, which are all called `raw`."""
+    for place, name in (("KMNIST/raw", "KMNIST"), ("QMNIST/raw", "QMNIST"), ("x.v1", "x.v1"), ("x.v2", "x.v2")):
+        (tmp_path / place).mkdir(parents=True)
+        args = vae.flags().parse_args([f"--dataset={tmp_path / place}", f"--out={tmp_path}"])
+        run = experiment.Run("vae", vae.flags(), args)
+        names = run.name, judge.name_of(args.dataset), run.config["dataset"]
+        assert names == (f"vae_{name}", f"judge_{name}", f"{name}/")
+    assert cli.stem(tmp_path / "x.v1" / ".." / "raw") == "raw"  # no folder
+    (tmp_path / "raw").mkdir()
+    assert cli.stem(tmp_path / "x.v1" / ".." / "raw") == tmp_path.name
 
 
 @pytest.mark.parametrize("script", RUNS)
