@@ -109,6 +109,19 @@ def test_the_repositorys_weights_are_used_with_another_out(small, finished, tmp_
     assert contents(tmp_path / "repository") == before
 
 
+def test_of_weights_in_two_places_the_first_are_told_of_and_those_that_fit_are_used(small, finished, tmp_path):
+    for place in ("repository", "out"):
+        shutil.copytree(finished("vae"), tmp_path / place)
+    path = tmp_path / "out" / "weights" / "vae_z20.pt"
+    archive = torch.load(path, weights_only=True)
+    path.write_bytes(experiment.torch_bytes({**archive, "config": {**archive["config"], "hidden": 16}}))
+    status, said = small("--evaluate", "--hidden", "9")
+    assert status == 2 and said.count("\n") == 1 and f"the weights {path} has another" in said
+    assert "hidden 16 there, 9 here" in said
+    status, said = small("--sample", "3")
+    assert status == 0 and f"none of this configuration in {tmp_path / 'out'}" in said
+
+
 @pytest.mark.parametrize("flags", [["--evaluate"], ["--sample=3"], ["--batch-size=501"]])
 def test_a_mistyped_out_leaves_no_folders(small, tmp_path, flags):
     assert small(*flags)[0] == 2
