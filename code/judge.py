@@ -209,16 +209,20 @@ def load(device: torch.device, root: Path = ROOT, dataset: str | Path = "mnist")
     return model
 
 
-def find(run: experiment.Run, quiet: bool = False) -> Judge | None:
-    """The judge of the run's data. Where there is none, None and, unless `quiet`, a line on what the result lacks."""
+def find(run: experiment.Run, data: mnist.Data | None = None, quiet: bool = False) -> Judge | None:
+    """The judge of the run's data. Where there is none, None and, unless `quiet`, a line on what the result lacks.
+
+    data: the run's, of which it may be that no judge can be trained.
+    """
     dataset = run.args.dataset
+    own = dataset != "mnist" and (run.out / "weights" / f"{name_of(dataset)}.pt").exists()
     try:
-        if dataset != "mnist" and (run.out / "weights" / f"{name_of(dataset)}.pt").exists():
-            return load(run.device, run.out, dataset)
-        return load(run.device, home(dataset), dataset) if dataset != "mnist" else load(run.device)
+        return load(run.device, run.out if own else home(dataset), dataset)
     except UserError as error:
         if not quiet:
-            run.say(f"the result is without fid, precision, recall and class_counts: {error}")
+            none = data is not None and data.classes < 2
+            why = "images without labels of two classes or more have no judge" if none else error
+            run.say(f"the result is without fid, precision, recall and class_counts: {why}")
         return None
 
 
@@ -285,7 +289,8 @@ def floor_rows(n: int, floor: dict) -> str:
     lines = [row(f"(mean of {name})", floor)]
     for word, choose in (("least", min), ("greatest", max)):
         fid, precision, recall = (choose(draw[key] for draw in floor["draws"]) for key in MEASURES)
-        lines.append(f"{fid:9.2f}  {precision:9.3f}  {recall:6.3f}  {'':59}  ({word} of each)")
+        blank = " " * (6 * len(floor["class_counts"]) - 1)
+        lines.append(f"{fid:9.2f}  {precision:9.3f}  {recall:6.3f}  {blank}  ({word} of each)")
     return "\n".join(lines)
 
 
@@ -372,7 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     cli.tell(f"against {len(reference):,} {args.reference} images; k = {NEIGHBOURS}")
     cli.tell(head(model.head.out_features))
     for n in sorted({len(images) for _, images in samples}):
-        cli.tell(floor_rows(n, floor(real_draws(model, data, n), real)))
+        draws = real_draws(model, data, n)
+        cli.tell(floor_rows(len(draws[0].features), floor(draws, real)))
         for path, images in samples:
             if len(images) == n:
                 seen = described(model, images)

@@ -342,7 +342,7 @@ def evaluate(run: Run, model: VAE, data: mnist.Data) -> dict:
     }
     if model.z_dim == 2:
         result["test_nll_quadrature"] = float(-quadrature_log_px(model, x).mean())
-    if judged_by := judge.find(run):
+    if judged_by := judge.find(run, data):
         result |= judge.verdict(judged_by, sample(model, judge.JUDGED), data.test_images)
     return result
 

@@ -332,7 +332,9 @@ def test_a_judge_of_ones_own_images_is_used(tmp_path, monkeypatch, capsys):
     assert vae.main([*SMALL["vae"], *flags, "--sample", "100"]) == 0
     capsys.readouterr()
     assert judge.main([str(out / "figures" / "vae_z20_own_samples.npz"), *flags]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 6  # what, head, three of the floor, the file
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6  # what, head, three of the floor, the file
+    assert lines[2].index("(mean") == lines[3].index("(least") == lines[4].index("(greatest")
     other = npz(tmp_path / "elsewhere.npz", images=IMAGES)
     assert judge.main(["--train", "--dataset", str(other), "--out", str(out)]) == 2
     assert "no labels" in capsys.readouterr().err
@@ -344,12 +346,12 @@ def test_a_judge_of_ones_own_images_is_used(tmp_path, monkeypatch, capsys):
 
 
 def test_as_a_user_types_it(tmp_path):
-    """From the folder with the images, without --out: to the repository's out/, under the images' name."""
+    """From the folder with the images, and by their name there, which the run's files bear."""
     npz(tmp_path / "own.npz", images=IMAGES)
     command = [sys.executable, ROOT / "code" / "vae.py", "--dataset", "own.npz", "--out", "here", *SMALL["vae"]]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stderr.splitlines()) == 4, done.stderr
-    assert "judge.py --train --dataset" in done.stderr
+    assert "images without labels" in done.stderr and "judge.py" not in done.stderr
     assert "figures/vae_z20_own.json" in contents(tmp_path / "here")
     assert str(tmp_path) not in json.dumps(result_of(tmp_path / "here", "vae_z20_own"))
