@@ -77,18 +77,23 @@ class Data:
 def load(dataset: str | Path, data_dir: str | Path, device: torch.device | str = "cpu") -> Data:
     """The data set `dataset`: "mnist" or "fashion-mnist", fetched to `data_dir` if it is not there yet, or a path.
 
-    Raises UserError for a file that is damaged or of no use, and where nothing can be fetched.
+    Of several processes the first on a machine fetches. Raises UserError for a file that is damaged or of no use, and
+    where nothing can be fetched.
     """
     if isinstance(dataset, Path):
         splits = _from_folder(dataset) if dataset.is_dir() else _from_npz(dataset)
         return _assembled(dataset, splits, device)
     folder = Path(data_dir) / FOLDER[dataset] / "raw"
+    if cli.local_rank():
+        training.wait_for_all()
     try:
         missing = [file for file in FILES if _stored(folder, file) is None]
     except OSError as error:
         raise UserError(f"cannot look into {folder} ({error.strerror}): choose another --data-dir") from None
     if missing:
         _fetch(dataset, Path(data_dir), folder, missing)
+    if not cli.local_rank():
+        training.wait_for_all()
     arrays = [_array(_read(folder, file, MD5[dataset][file])) for file in FILES]
     images, labels, test_images, test_labels = (torch.from_numpy(array).to(device) for array in arrays)
     return Data(images, labels.long(), test_images, test_labels.long(), validation=len(images) // 6)
