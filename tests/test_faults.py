@@ -31,6 +31,7 @@ from test_mnist import store, synthetic  # noqa: F401  (a fixture)
 from test_modules import SOURCES
 
 HUGE = str(2**62)
+SCRIPTS = [path.stem for path in (ROOT / "code").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()]
 
 
 @pytest.fixture
@@ -318,19 +319,22 @@ def test_ctrl_c_twice_is_ctrl_c(capsys, monkeypatch):
 def test_ctrl_c_while_torch_is_loaded_is_no_traceback(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    for script in ("vae", "gan", "nf", "judge", "bench"):
+    for script in SCRIPTS:
         command = [sys.executable, ROOT / "code" / f"{script}.py"]
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True)
         assert done.returncode == -signal.SIGINT and not done.stderr, done.stderr
 
 
 def test_an_epoch_is_saved_before_it_is_told(small, tmp_path, monkeypatch):
+    lines = []
+
     def told(line):
         saved = torch.load(tmp_path / "out" / "checkpoints" / "vae_z20.pt", weights_only=True)
         assert f"epoch {saved['history'][-1]['epoch']}/2" in line
+        lines.append(line)
 
     monkeypatch.setattr(cli, "say", told)
-    assert small()[0] == 0
+    assert small()[0] == 0 and len(lines) == 3
 
 
 @pytest.mark.parametrize("redirected", ["2>&- >&-", "2>/dev/full"])
@@ -437,10 +441,18 @@ def test_help_shows_a_default_of_0(script):
 
 
 def test_help_without_docstrings():
-    for script in ("vae", "judge", "bench"):
-        command = [sys.executable, "-OO", ROOT / "code" / f"{script}.py", "--help"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0 and "--data-dir" in done.stdout, done.stderr
+    program = f"""
+import runpy, sys
+for script in {SCRIPTS}:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path({str(ROOT / "code")!r} + f"/{{script}}.py", run_name="__main__")
+    except SystemExit as error:
+        print(error.code, script)
+"""
+    done = subprocess.run([sys.executable, "-OO", "-c", program], capture_output=True, text=True)
+    assert done.stdout.count("\n  --data-dir DIR") == len(SCRIPTS), done.stderr
+    assert all(f"\n0 {script}\n" in done.stdout for script in SCRIPTS)
 
 
 def test_say_survives_any_stream(monkeypatch):
@@ -459,7 +471,7 @@ def test_how_threads_wait_is_set_before_torch_and_only_if_the_user_has_not(tmp_p
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("import os, sys\nsys.exit(str(os.environ.get('GOMP_SPINCOUNT')))")
     kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    for script in ("vae", "gan", "nf", "judge", "bench"):
+    for script in SCRIPTS:
         command = [sys.executable, ROOT / "code" / f"{script}.py"]
         environment = {**kept, **user, "PYTHONPATH": str(tmp_path)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
