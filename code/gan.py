@@ -202,7 +202,7 @@ def untrained_step(model: GAN, images: Tensor, index: Tensor) -> Tensor:
 
 
 def train(run: Run, model: GAN, data: mnist.Data) -> None:
-    """Play the game for the run's epochs on all 60,000 images, recording the means over each epoch's own steps.
+    """Play the game for the run's epochs on all images but the test set, recording the means over each epoch's steps.
 
     After some epochs the judge, if there is one, compares samples of the average with the validation images.
     """
