@@ -415,7 +415,7 @@ def evaluate(run: Run, model: Flow, data: mnist.Data) -> dict:
         "importance_samples": draws,
         "seconds_per_1000_samples": seconds_per_1000(lambda n: sample(model, n), run.device),
     }
-    if judged_by := judge.find(run):
+    if judged_by := judge.find(run, data):
         verdicts = {t: judge.verdict(judged_by, sample(model, judge.JUDGED, t), data.test_images) for t in TEMPERATURES}
         result |= judge.verdict(judged_by, sample(model, judge.JUDGED), data.test_images)
         result["at_temperature"] = {str(t): verdict for t, verdict in verdicts.items()}
