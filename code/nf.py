@@ -54,21 +54,14 @@ def from_logits(y: Tensor, shrink: float) -> Tensor:
     return 256 * (torch.sigmoid(y) - shrink / 2) / (1 - shrink)
 
 
-def mixture_logit(x: Tensor, log_weight: Tensor, mu: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
+def mixture_logit(x: Tensor, weight: Tensor, mu: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
     """z = logit F(x) with the CDF F of a mixture of logistics, and its ladj, log dz/dx, eq:mixture.
 
-    x: (batch, ...); log w, mu, log s: (batch, J, ...), weights that need not sum to 1. Returns (batch, ...) twice.
-    """
-    return logit_cdf(x, torch.exp(log_weight), mu, torch.exp(-log_s))
-
-
-def logit_cdf(x: Tensor, weight: Tensor, mu: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """`mixture_logit` of weights and of rates, 1/s.
-
-    With u_j = (x - mu_j) / s_j, A = sum_j w_j sigmoid(u_j), B = sum_j w_j sigmoid(-u_j) and C = sum_j w_j sigmoid(u_j)
-    sigmoid(-u_j) / s_j, A + B is the sum of the weights: F = A / (A + B), 1 - F = B / (A + B), and the density is
-    C / (A + B), so z = log A - log B and ladj = log C + log(A + B) - log A - log B. One more logistic, the FLOOR, keeps
-    the sums from underflowing far out.
+    x: (batch, ...); weights w, which need not sum to 1, means mu, rates 1/s: (batch, J, ...). Returns (batch, ...)
+    twice. With u_j = (x - mu_j) / s_j, A = sum_j w_j sigmoid(u_j), B = sum_j w_j sigmoid(-u_j) and C = sum_j w_j
+    sigmoid(u_j) sigmoid(-u_j) / s_j, A + B is the sum of the weights: F = A / (A + B), 1 - F = B / (A + B), and the
+    density is C / (A + B), so z = log A - log B and ladj = log C + log(A + B) - log A - log B. One more logistic, the
+    FLOOR, keeps the sums from underflowing far out.
     """
     floor_weight, floor_rate = FLOOR
     below, above = floor_weight * torch.sigmoid(floor_rate * x), torch.sigmoid(-floor_rate * x)
@@ -80,7 +73,7 @@ def logit_cdf(x: Tensor, weight: Tensor, mu: Tensor, rate: Tensor) -> tuple[Tens
     return log_a - log_b, torch.log(c) + torch.log(a + b) - log_a - log_b
 
 
-def invert_mixture(z: Tensor, log_weight: Tensor, mu: Tensor, log_s: Tensor, steps: int = 300) -> Tensor:
+def invert_mixture(z: Tensor, weight: Tensor, mu: Tensor, rate: Tensor, steps: int = 300) -> Tensor:
     """x with logit F(x) = z: z (batch, ...) to (batch, ...), the mixture as in mixture_logit.
 
     logit F lies between the least and the greatest u_j, hence x between the least and the greatest of mu_j + s_j z.
@@ -90,16 +83,16 @@ def invert_mixture(z: Tensor, log_weight: Tensor, mu: Tensor, log_s: Tensor, ste
     RunError if a number has not converged after `steps`.
     """
     floor = z / FLOOR[1]
-    ends = mu + torch.exp(log_s) * z.unsqueeze(1)
-    start = (torch.softmax(log_weight, 1) * ends).sum(1)
+    ends = mu + z.unsqueeze(1) / rate
+    start = (weight * ends).sum(1) / weight.sum(1)
     low, high = torch.minimum(ends.amin(1), floor), torch.maximum(ends.amax(1), floor)
     numbers = torch.stack((z, start, low, high, high - low)).flatten(1)  # (5, n)
-    mixture = torch.stack((torch.exp(log_weight), mu, torch.exp(-log_s))).transpose(1, 2).flatten(2)  # (3, J, n)
+    mixture = torch.stack((weight, mu, rate)).transpose(1, 2).flatten(2)  # (3, J, n)
     found, places = torch.empty_like(z).flatten(), torch.arange(z.numel(), device=z.device)
     precision = 4 * torch.finfo(z.dtype).eps
     for _ in range(steps):
         target, x, low, high, length = numbers
-        reached, ladj = (each[0] for each in logit_cdf(x[None], *mixture[:, None]))
+        reached, ladj = (each[0] for each in mixture_logit(x[None], *mixture[:, None]))
         low, high = torch.where(reached < target, x, low), torch.where(reached > target, x, high)
         step = (target - reached) * torch.exp(-ladj)
         close = precision * (1 + x.abs())
@@ -134,8 +127,8 @@ class Coupling(nn.Module):
     """Transforms x_b by what it sees of x_a, half of the numbers each: (batch, channels, height, width) both.
 
     hidden, blocks: channels and residual blocks of the conditioner. components: J logistics in the mixture before the
-    affine map, with means from -spread to spread before training, and log-weights and log-scales within a limit; with 0
-    there is the affine map alone.
+    affine map, with means from -spread to spread before training, and logarithms of weights and rates within a limit;
+    with 0 there is the affine map alone.
     """
 
     def __init__(self, channels: int, hidden: int, blocks: int, components: int, spread: float, limit: float):
@@ -153,12 +146,12 @@ class Coupling(nn.Module):
 
     def maps(self, x_a: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """What x_a says: log-scale and shift of the affine map, (batch, channels, height, width) each, and
-        log-weights, means, log-scales of the mixture, (batch, J, channels, height, width) each."""
+        weights, means, rates of the mixture, (batch, J, channels, height, width) each."""
         x_a = x_a.contiguous(memory_format=torch.channels_last)
         out = self.conditioner(x_a).contiguous().unflatten(1, (-1, x_a.shape[1]))
         log_scale, shift, logs, mu = out.split(self.outputs, 1)
-        log_weight, log_s = logs.clamp(-self.limit, self.limit).chunk(2, 1)
-        return self.gain * torch.tanh(log_scale.squeeze(1)), shift.squeeze(1), (log_weight, mu + self.spread, log_s)
+        weight, rate = torch.exp(F.hardtanh(logs, -self.limit, self.limit)).chunk(2, 1)
+        return self.gain * torch.tanh(log_scale.squeeze(1)), shift.squeeze(1), (weight, mu + self.spread, rate)
 
     def forward(self, x_a: Tensor, x_b: Tensor) -> tuple[Tensor, Tensor]:
         """The transformed x_b, and the coupling's ladj, log |det| of its Jacobian, (batch,), eq:coupling."""
@@ -477,17 +470,17 @@ def different_pairs(data: mnist.Data) -> tuple[Tensor, Tensor]:
 def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
     parser = cli.Parser(__doc__, BEST)
-    cli.add_flags(parser, epochs=40, batch_size=48, lr=5e-3, betas=(0.9, 0.99))
+    cli.add_flags(parser, epochs=40, batch_size=96, lr=7e-3, betas=(0.9, 0.99))
     count, share, size = cli.positive_int, cli.fraction, cli.positive_float
     parser.add_argument("--levels", type=count, choices=range(1, 5), default=4, metavar="N", help="of the checkerboard")
     parser.add_argument("--couplings", type=cli.layers, default=3, metavar="N", help="on each level")
     parser.add_argument("--hidden", type=count, default=32, metavar="N", help="channels of the conditioners")
     parser.add_argument("--blocks", type=count, default=2, metavar="N", help="residual blocks of the conditioners")
-    parser.add_argument("--components", type=cli.nonnegative_int, default=16, metavar="J", help="logistics; 0: none")
+    parser.add_argument("--components", type=cli.nonnegative_int, default=8, metavar="J", help="logistics; 0: none")
     parser.add_argument("--noise", choices=("learned", "uniform"), default="learned", help="that dequantises images")
     parser.add_argument("--shrink", type=share, default=1e-5, metavar="X", help="of pixels: a of eq:logit")
     parser.add_argument("--spread", type=size, default=4.0, metavar="X", help="of a mixture's means at the start")
-    parser.add_argument("--limit", type=size, default=7.0, metavar="X", help="of log-weights and log-scales")
+    parser.add_argument("--limit", type=size, default=7.0, metavar="X", help="of log-weights and log-rates")
     parser.add_argument("--clip", type=size, default=100.0, metavar="X", help="greatest norm of a gradient")
     parser.add_argument("--warmup", type=share, default=0.05, metavar="X", help="share of steps until the peak")
     parser.add_argument("--temperature", type=size, default=1.0, metavar="T", help="with --sample: z of N(0, T^2 I)")

@@ -287,10 +287,9 @@ def test_the_flow_is_inverted(browser, data):
 def test_a_mixture_far_out(browser):
     """As in nf.py, also where the mixture's own logistics underflow, and the inverse."""
     x = [-300.0, -20.0, 0.3, 40.0, 300.0]
-    log_weight, mu, log_s = [0.3, -1.0, 0.2], [-1.0, 0.5, 2.0], [-2.0, 0.0, -1.5]
-    shaped = [torch.tensor(each, dtype=torch.float64).view(1, 3, 1).expand(1, 3, 5) for each in (log_weight, mu, log_s)]
+    mixture = {"weight": [1.3, 0.4, 1.2], "mu": [-1.0, 0.5, 2.0], "rate": [7.0, 1.0, 4.5]}
+    shaped = [torch.tensor(each, dtype=torch.float64).view(1, 3, 1).expand(1, 3, 5) for each in mixture.values()]
     z, ladj = nf.mixture_logit(torch.tensor([x], dtype=torch.float64), *shaped)
-    mixture = {"weight": [math.exp(each) for each in log_weight], "mu": mu, "rate": [math.exp(-each) for each in log_s]}
     found = evaluate(browser, "given[0].map((x) => mixtureLogit(x, given[1]))", x, mixture)
     for each, expected in (("z", z), ("ladj", ladj)):
         assert torch.tensor([f[each] for f in found]).double() == pytest.approx(expected[0], rel=1e-6)

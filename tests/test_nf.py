@@ -41,14 +41,15 @@ def small(components: int) -> nf.Flow:
 
 
 def mixture(shape=(5, 3, 2, 2), components: int = 4, seed: int = 1) -> tuple[torch.Tensor, ...]:
-    """x, log_weight, mu, log_s in float64."""
+    """x, weight, mu, rate in float64."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size, by):
         return by * torch.randn(*size, generator=generator, dtype=torch.float64)
 
     batch, *rest = shape
-    return normal(*shape, by=4), *(normal(batch, components, *rest, by=by) for by in (1.0, 3.0, 1.0))
+    log_weight, mu, log_rate = (normal(batch, components, *rest, by=by) for by in (1.0, 3.0, 1.0))
+    return normal(*shape, by=4), log_weight.exp(), mu, log_rate.exp()
 
 
 @MAPS
@@ -86,10 +87,10 @@ def test_an_affine_coupling_starts_as_the_identity():
 def test_mixture_is_the_formula():
     """Value, ladj and the gradients of both, against the plain formula and autograd's derivative of it."""
     arguments = [each.requires_grad_() for each in mixture()]
-    x, log_weight, mu, log_s = arguments
+    x, weight, mu, rate = arguments
     floor_weight, floor_rate = nf.FLOOR  # one more component
-    u = torch.cat(((x.unsqueeze(1) - mu) / log_s.exp(), floor_rate * x.unsqueeze(1)), 1)
-    share = torch.cat((log_weight.exp(), torch.full_like(x, floor_weight).unsqueeze(1)), 1)
+    u = torch.cat(((x.unsqueeze(1) - mu) * rate, floor_rate * x.unsqueeze(1)), 1)
+    share = torch.cat((weight, torch.full_like(x, floor_weight).unsqueeze(1)), 1)
     share = share / share.sum(1, keepdim=True)
     below, above = (share * torch.sigmoid(u)).sum(1), (share * torch.sigmoid(-u)).sum(1)
     plain = torch.log(below) - torch.log(above)
@@ -105,8 +106,8 @@ def test_mixture_is_the_formula():
 
 
 def test_mixtures_gradient_is_finite_far_out():
-    _, log_weight, mu, log_s = mixture((200, 3), seed=3)
-    parameters = [log_weight, mu, LIMIT * torch.sign(log_s)]
+    _, weight, mu, rate = mixture((200, 3), seed=3)
+    parameters = [weight, mu, torch.exp(LIMIT * torch.sign(rate - 1))]
     x = torch.full((200, 3), 100.0)
     x[::2] *= -1
     arguments = [each.float().requires_grad_() for each in (x, *parameters)]
@@ -137,8 +138,8 @@ def test_mixtures_inverse_undoes_it(dtype, tolerance):
 def test_mixtures_inverse_is_found_for_extreme_inputs(dtype, size):
     """Far means, scales at both of their limits, components of next to no weight: the inverse's image is z again,
     or z lies between the images of the neighbouring floats."""
-    _, log_weight, mu, log_s = mixture((2000, 3), seed=3)
-    parameters = [each.to(dtype) for each in (10 * log_weight, 10 * mu, LIMIT * torch.sign(log_s))]
+    _, weight, mu, rate = mixture((2000, 3), seed=3)
+    parameters = [each.to(dtype) for each in (weight**10, 10 * mu, torch.exp(LIMIT * torch.sign(rate - 1)))]
     z = torch.full((2000, 3), size, dtype=dtype)
     z[::2] *= -1
     x = nf.invert_mixture(z, *parameters)

@@ -94,7 +94,7 @@ function maps(coupling, xA, side) {
     const of = (kind) => Array.from({ length: components }, (_, j) => out[(2 + kind * components + j) * numbers + n]);
     const mixture = {
       weight: of(0).map((logWeight) => Math.exp(clamped(logWeight))),
-      rate: of(1).map((logS) => Math.exp(-clamped(logS))),
+      rate: of(1).map((logRate) => Math.exp(clamped(logRate))),
       mu: of(2).map((mu, j) => mu + coupling.spread[j * channels + channel]),
     };
     return { logScale: coupling.gain[channel] * Math.tanh(out[n]), shift: out[numbers + n], mixture };
