@@ -8,7 +8,6 @@ import contextlib
 import functools
 import http.server
 import json
-import math
 import os
 import re
 import shutil
@@ -613,15 +612,29 @@ def test_between_two_test_images(browser, models, data):
         means = 255 * torch.sigmoid(models["vae_best"].decode(models["vae_best"].encode(x)[0]))[0]
         assert (image_in(browser, "now-vae") - means).abs().max() <= explorer.WITHIN["grey"][1]
         assert (image_in(browser, ("from", "to")[end]) == image).all()
+        z = explorer.nearest_noise(models["gan"], data.test_images[index : index + 1]).double()
+        means = 127.5 * (models["gan"].average(z)[0] + 1)
+        assert (image_in(browser, "now-gan") - means).abs().max() <= explorer.WITHIN["grey"][1]
     labels = [
         int(data.test_labels[browser.execute_script("return between.ends[arguments[0]].index", i)]) for i in (0, 1)
     ]
     assert labels[0] != labels[1]
-    for _ in range(3):
-        before = image_in(browser, "from")
-        click(browser, "new-start")
-        idle(browser)
-        assert (image_in(browser, "from") != before).any()
+    before = image_in(browser, "from")
+    click(browser, "new-start")
+    idle(browser)
+    assert (image_in(browser, "from") != before).any()
+
+
+def test_a_new_end_is_neither_the_old_one_nor_of_the_others_class(browser):
+    """Of three images to go between, the first two of one class, only the second is left."""
+    script = """(() => {
+        const { ends } = FACTS;
+        FACTS.ends = ends.slice(0, 3);
+        const drawn = Array.from({ length: 16 }, () => drawEnd(true, { index: ends[0] }, { index: ends[2] }));
+        FACTS.ends = ends;
+        return Promise.all(drawn).then((all) => all.map(({ index }) => ends.indexOf(index)));
+    })()"""
+    assert evaluate(browser, script) == [1] * 16
 
 
 def images_of(models, noise: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
