@@ -88,7 +88,7 @@ def exit_status(main: Callable[[list[str] | None], None]) -> Callable[[list[str]
                 main(argv)
         except (UserError, RunError) as error:
             message, status = str(error), 2 if isinstance(error, UserError) else 1
-            if isinstance(error, UserError) and int(os.environ.get("LOCAL_RANK", 0)) and processes() > 1:
+            if isinstance(error, UserError) and local_rank():
                 message = ""  # a mistake is every process's, and the first on a machine tells of it
         except Stopped as stop:
             for signum, _ in previous:
@@ -158,7 +158,8 @@ def on_stop(hint: str) -> None:
 def hint_at_resuming() -> None:
     """From now on a stopped run says which command goes on from its checkpoint."""
     command = [sys.executable, *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"])
-    on_stop(f"go on from the last checkpoint with: {shlex.join(command)}")
+    how = f": {shlex.join(command)}" if processes() == 1 else " the same command and --resume"
+    on_stop(f"go on from the last checkpoint with{how}")
 
 
 def as_flags(settings: dict[str, Any]) -> str:
@@ -243,15 +244,22 @@ def dataset(text: str) -> str | Path:
         there = there.resolve() if there.name in ("", "..") else there
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be looked at ({error.strerror})") from None
-    if not re.fullmatch(r"\w([\w .+-]{0,58}\w)?", there.stem):
+    if not re.fullmatch(r"\w([\w .+-]{0,58}\w)?", stem(there)):
         what = "letters, digits, blanks and . + - _ between them, at most 60"
         raise argparse.ArgumentTypeError(f"{text!r} would name the run's files: rename it, to {what}")
     return there
 
 
+def stem(dataset: str | Path) -> str:
+    """What the names of a run and of a judge say of their data: of a folder `raw`, as torchvision's are, its parent."""
+    if isinstance(dataset, str) or not dataset.is_dir():
+        return Path(dataset).stem
+    return dataset.parent.resolve().name if dataset.name == "raw" else dataset.name
+
+
 def dataset_name(dataset: str | Path) -> str:
     """What a run's config says of its data: no path, and another name than those of DATASETS."""
-    return dataset if isinstance(dataset, str) else dataset.name + "/" * dataset.is_dir()
+    return dataset if isinstance(dataset, str) else f"{stem(dataset)}/" if dataset.is_dir() else dataset.name
 
 
 MACHINE = {"best", "device", "data_dir", "out", "resume", "evaluate", "sample"}  # flags that do not shape a result
@@ -265,12 +273,17 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def rank() -> int:
     """The number of this process among those that torchrun started for one training: 0 evaluates, draws and writes."""
-    return int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def local_rank() -> int:
+    """The number of this process among those on its machine."""
+    return int(os.environ["LOCAL_RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def processes() -> int:
     """How many processes train together; 1 without torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def add_data_flags(parser: argparse.ArgumentParser, device: bool = True, dataset_too: bool = True) -> None:
@@ -326,7 +339,7 @@ def device(name: str) -> torch.device:
         wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if wanted > there:
             raise UserError(f"--device cuda: {there} GPUs here are too few for {wanted} processes")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local_rank())
     if name == "cuda":  # TF32 would keep 10 bits of float32's 23, and cuDNN may add up in any order
         for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
             products.fp32_precision = "ieee"

@@ -247,7 +247,7 @@ class Run:
     def __init__(
         self, name: str, parser: cli.Parser, args: Namespace, report: tuple[dict, ...] = ({},), evaluation: tuple = ()
     ):
-        self.name = name if args.dataset == "mnist" else f"{name}_{Path(args.dataset).stem}"
+        self.name = name if args.dataset == "mnist" else f"{name}_{cli.stem(args.dataset)}"
         self.args, self.config, self.evaluation = args, cli.settings(args), evaluation
         self.device = cli.device(args.device)
         self.follows = cli.rank() > 0  # another process evaluates, draws and writes
@@ -441,22 +441,23 @@ class Run:
     def load(self, model: nn.Module) -> None:
         """Load this run's weights, and the history of its JSON. Raises UserError if there are none of this config.
 
-        They are those in the run's folder or, where it has none, the repository's.
+        They are those in the run's folder or, where it has none of this config, the repository's.
         """
-        path = self.out / "weights" / f"{self.name}.pt"
-        wrong = "do not exist: train first, with the same flags but --evaluate or --sample"
+        wrong = ""
         for path in self._files("weights"):
             archive = load_archive(path, "the weights")
             if isinstance(archive.get("config"), dict):  # older than some flags, whose defaults change nothing
                 archive["config"] = self.defaults | archive["config"]
-            if not (wrong := mismatch(archive, self.name, self.config, but_for=self.evaluation)):
+            if not (differs := mismatch(archive, self.name, self.config, but_for=self.evaluation)):
                 load_state(model, archive, path, "the weights")
                 if self.out not in path.parents:
-                    self.say(f"none in {self.out}, so these are the weights {path}")
+                    self.say(f"none of this configuration in {self.out}, so these are the weights {path}")
                 sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
                 self.history = self._json(sha256, path.parents[1]).get("history", [])
                 return
-        raise UserError(f"the weights {path} {wrong}")
+            wrong = wrong or f"{path} {differs}"
+        missing = "do not exist: train first, with the same flags but --evaluate or --sample"
+        raise UserError(f"the weights {wrong or f'{self.out}/weights/{self.name}.pt {missing}'}")
 
     def unfinished(self, model: nn.Module) -> Path:
         """Where a long evaluation of these very weights keeps what it has so far; `finish` removes it."""

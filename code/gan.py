@@ -202,7 +202,7 @@ def untrained_step(model: GAN, images: Tensor, index: Tensor) -> Tensor:
 
 
 def train(run: Run, model: GAN, data: mnist.Data) -> None:
-    """Play the game for the run's epochs on all 60,000 images, recording the means over each epoch's own steps.
+    """Play the game for the run's epochs on all images but the test set, recording the means over each epoch's steps.
 
     After some epochs the judge, if there is one, compares samples of the average with the validation images.
     """
@@ -260,7 +260,7 @@ def evaluate(run: Run, model: GAN, data: mnist.Data, fresh: list[float]) -> dict
         "nearest": {name: centre(nearest(each[::2], data.images)[1]) for name, each in
                     (("samples", images), ("test_images", data.test_images))},
     }  # fmt: skip
-    if judged_by := judge.find(run):
+    if judged_by := judge.find(run, data):
         test, validation = (judge.described(judged_by, each) for each in (data.test_images, data.validation_images))
         seen = judge.described(judged_by, images)
         result |= judge.compared(seen, test)

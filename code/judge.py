@@ -24,7 +24,6 @@ from typing import NamedTuple
 import cli  # before torch is loaded
 
 # isort: split
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -180,7 +179,7 @@ def verdict(model: Judge, images: Tensor, reference: Tensor) -> dict:
 
 def name_of(dataset: str | Path) -> str:
     """The name of the judge of a data set, as in weights/<name>.pt: `judge` for MNIST."""
-    return "judge" if dataset == "mnist" else f"judge_{Path(dataset).stem}"
+    return "judge" if dataset == "mnist" else f"judge_{cli.stem(dataset)}"
 
 
 def home(dataset: str | Path) -> Path:
@@ -210,39 +209,31 @@ def load(device: torch.device, root: Path = ROOT, dataset: str | Path = "mnist")
     return model
 
 
-def find(run: experiment.Run, quiet: bool = False) -> Judge | None:
-    """The judge of the run's data. Where there is none, None and, unless `quiet`, a line on what the result lacks."""
+def find(run: experiment.Run, data: mnist.Data | None = None, quiet: bool = False) -> Judge | None:
+    """The judge of the run's data. Where there is none, None and, unless `quiet`, a line on what the result lacks.
+
+    data: the run's, of which it may be that no judge can be trained.
+    """
     dataset = run.args.dataset
+    own = dataset != "mnist" and (run.out / "weights" / f"{name_of(dataset)}.pt").exists()
     try:
-        if dataset != "mnist" and (run.out / "weights" / f"{name_of(dataset)}.pt").exists():
-            return load(run.device, run.out, dataset)
-        return load(run.device, home(dataset), dataset) if dataset != "mnist" else load(run.device)
+        return load(run.device, run.out if own else home(dataset), dataset)
     except UserError as error:
         if not quiet:
-            run.say(f"the result is without fid, precision, recall and class_counts: {error}")
+            none = data is not None and data.classes < 2
+            why = "images without labels of two classes or more have no judge" if none else error
+            run.say(f"the result is without fid, precision, recall and class_counts: {why}")
         return None
 
 
 def read_samples(path: Path) -> Tensor:
     """The images of an .npz as (n, 28, 28) uint8. Raises UserError if it holds anything else."""
-    try:
-        archive = np.load(path, allow_pickle=False)
-        images = archive["images"] if isinstance(archive, np.lib.npyio.NpzFile) else None
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except Exception as error:  # numpy, zipfile and zlib each have errors of their own
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} has no readable 'images' ({reason}): write it with numpy.savez, no objects") from None
-    if not isinstance(images, np.ndarray):
-        raise UserError(f"{path} is no .npz with an array 'images': write it with numpy.savez")
-    if images.dtype != np.uint8:
-        raise UserError(f"{path} holds {images.dtype}, not uint8: scale the images to 0 .. 255 and round them")
-    if images.ndim != 3 or images.shape[1:] != (mnist.SIDE, mnist.SIDE):
-        raise UserError(f"{path} holds images of shape {images.shape}, not (N, {mnist.SIDE}, {mnist.SIDE})")
+    arrays = mnist.read_npz(path, {"images"})
+    if "images" not in arrays:
+        raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'} and no images: name the array so")
+    images = mnist.checked(str(path), arrays["images"])
     if len(images) < FEWEST:
         raise UserError(f"{path} holds {len(images)} images: at least {FEWEST} are needed")
-    if images.max() <= 1:
-        raise UserError(f"{path} holds no value above 1: scale the images to 0 .. 255")
     return torch.from_numpy(images)
 
 
@@ -298,7 +289,8 @@ def floor_rows(n: int, floor: dict) -> str:
     lines = [row(f"(mean of {name})", floor)]
     for word, choose in (("least", min), ("greatest", max)):
         fid, precision, recall = (choose(draw[key] for draw in floor["draws"]) for key in MEASURES)
-        lines.append(f"{fid:9.2f}  {precision:9.3f}  {recall:6.3f}  {'':59}  ({word} of each)")
+        blank = " " * (6 * len(floor["class_counts"]) - 1)
+        lines.append(f"{fid:9.2f}  {precision:9.3f}  {recall:6.3f}  {blank}  ({word} of each)")
     return "\n".join(lines)
 
 
@@ -385,7 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     cli.tell(f"against {len(reference):,} {args.reference} images; k = {NEIGHBOURS}")
     cli.tell(head(model.head.out_features))
     for n in sorted({len(images) for _, images in samples}):
-        cli.tell(floor_rows(n, floor(real_draws(model, data, n), real)))
+        draws = real_draws(model, data, n)
+        cli.tell(floor_rows(len(draws[0].features), floor(draws, real)))
         for path, images in samples:
             if len(images) == n:
                 seen = described(model, images)

@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 import cli
 import training
-from cli import UserError
+from cli import RunError, UserError
 from experiment import write
 
 SIDE = 28
@@ -77,18 +77,23 @@ class Data:
 def load(dataset: str | Path, data_dir: str | Path, device: torch.device | str = "cpu") -> Data:
     """The data set `dataset`: "mnist" or "fashion-mnist", fetched to `data_dir` if it is not there yet, or a path.
 
-    Raises UserError for a file that is damaged or of no use, and where nothing can be fetched.
+    Of several processes the first on a machine fetches. Raises UserError for a file that is damaged or of no use, and
+    where nothing can be fetched.
     """
     if isinstance(dataset, Path):
         splits = _from_folder(dataset) if dataset.is_dir() else _from_npz(dataset)
         return _assembled(dataset, splits, device)
     folder = Path(data_dir) / FOLDER[dataset] / "raw"
+    if cli.local_rank():
+        training.wait_for_all()
     try:
         missing = [file for file in FILES if _stored(folder, file) is None]
     except OSError as error:
         raise UserError(f"cannot look into {folder} ({error.strerror}): choose another --data-dir") from None
     if missing:
         _fetch(dataset, Path(data_dir), folder, missing)
+    if not cli.local_rank():
+        training.wait_for_all()
     arrays = [_array(_read(folder, file, MD5[dataset][file])) for file in FILES]
     images, labels, test_images, test_labels = (torch.from_numpy(array).to(device) for array in arrays)
     return Data(images, labels.long(), test_images, test_labels.long(), validation=len(images) // 6)
@@ -155,19 +160,15 @@ Split = tuple[np.ndarray, np.ndarray | None]  # images and labels
 
 
 def _assembled(path: Path, splits: dict[str, Split], device: torch.device | str) -> Data:
-    """`Data` of the splits "train", "test" and, unless the last sixth of train is to be, "validation", checked."""
-    for name, (images, _) in splits.items():
-        _check(f"{path} ({name})", images)
+    """`Data` of the splits "train", "test" and, unless the last sixth of train is to be, "validation"."""
     images, labels = zip(*(splits[name] for name in ("train", "validation") if name in splits))
     validation = len(images[1]) if len(images) == 2 else len(images[0]) // 6
-    images = np.concatenate([each.reshape(-1, SIDE, SIDE) for each in images])
-    test_images, test_labels = splits["test"][0].reshape(-1, SIDE, SIDE), splits["test"][1]
+    images = np.concatenate(images)
+    test_images, test_labels = splits["test"]
     if len(images) + len(test_images) < FEWEST or min(validation, len(test_images)) < FEWEST_HELD_OUT:
         counts = f"{len(images) - validation} training, {validation} validation and {len(test_images)} test images"
         least = f"at least {FEWEST} in all, {FEWEST_HELD_OUT} of them for validation and {FEWEST_HELD_OUT} for testing"
         raise UserError(f"{path} holds {counts}: {least} are needed")
-    if max(images.max(), test_images.max()) <= 1:
-        raise UserError(f"{path} holds no value above 1: scale the images to 0 .. 255")
     everything = [*labels, test_labels]
     if any(each is None or each.ndim > 1 for each in everything):  # none, or several for an image
         labels = test_labels = None
@@ -178,8 +179,8 @@ def _assembled(path: Path, splits: dict[str, Split], device: torch.device | str)
     return Data(images, labels, test_images, test_labels, validation)
 
 
-def _check(where: str, images: np.ndarray) -> None:
-    """Raise UserError unless these are images, (n, 28, 28) or (n, 28, 28, 1), uint8."""
+def checked(where: str, images: np.ndarray) -> np.ndarray:
+    """The images as (n, 28, 28). Raises UserError unless they are uint8 and that, but for a trailing axis of 1."""
     shape, right = images.shape, f"(N, {SIDE}, {SIDE})"
     if images.dtype != np.uint8:
         raise UserError(f"{where} holds {images.dtype}, not uint8: scale the images to 0 .. 255 and round them")
@@ -188,11 +189,14 @@ def _check(where: str, images: np.ndarray) -> None:
     if shape[1:] not in ((SIDE, SIDE), (SIDE, SIDE, 1)):
         what = "resize them, or give a folder of pictures"
         raise UserError(f"{where} holds images of shape {shape}, not {right}: {what}")
+    if len(images) and images.max() <= 1:
+        raise UserError(f"{where} holds no value above 1: scale the images to 0 .. 255")
+    return images.reshape(shape[:3])
 
 
 def _check_labels(where: str, labels: np.ndarray, n: int) -> np.ndarray:
     """The labels of n images, (n,), or (n, k) where an image has several. Raises UserError unless they are whole."""
-    labels = labels.reshape(len(labels), -1).squeeze(1) if labels.ndim > 1 and labels.size == len(labels) else labels
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.ndim not in (1, 2) or len(labels) != n or labels.dtype.kind not in "iub":
         what = f"labels of shape {labels.shape} and type {labels.dtype}"
         raise UserError(f"{where} holds {what} for {n} images: one whole number for each is needed, or no labels")
@@ -209,42 +213,54 @@ NPZ_KEYS = (  # of the images and of the labels: MedMNIST's, and Keras's
 )
 
 
+def read_npz(path: Path, known: Container[str]) -> dict[str, np.ndarray | None]:
+    """The arrays of an .npz, with None for those whose names are not `known`. Raises UserError if it cannot be read."""
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        arrays = {key: archive[key] if key in known else None for key in archive.files}
+        if any(isinstance(each, bytes) for each in arrays.values()):
+            raise ValueError("it holds what is no array")
+        return arrays
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except MemoryError:
+        raise UserError(f"{path} holds more than fits into memory: give fewer images") from None
+    except Exception as error:  # numpy, zipfile and zlib each have errors of their own
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is no readable .npz ({reason}): write it with numpy.savez, no objects") from None
+
+
 def _from_npz(path: Path) -> dict[str, Split]:
     """The splits in an .npz with keys of MedMNIST's, of Keras's, or `images` alone: the last tenth of these tests, the
     tenth before validates.
     """
     advice = "name them train_images and test_images (val_images too, if there are any), x_train and x_test, or images"
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array")
-        known = {key for keys in NPZ_KEYS for pair in keys.values() for key in pair} | {"images", "labels"}
-        arrays = {key: archive[key] for key in archive.files if key in known}
-    except Exception as error:  # numpy, zipfile and zlib each have errors of their own
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is no readable .npz ({reason}): write it with numpy.savez, no objects") from None
+    known = {key for keys in NPZ_KEYS for pair in keys.values() for key in pair} | {"images", "labels"}
+    arrays = read_npz(path, known)
     if "images" in arrays:
-        tenth = len(arrays["images"]) // 10 if arrays["images"].ndim else 0
+        images, labels = checked(str(path), arrays["images"]), arrays.get("labels")
+        labels = None if labels is None else _check_labels(str(path), labels, len(images))
+        tenth = len(images) // 10
         cuts = {"train": slice(None, -2 * tenth), "validation": slice(-2 * tenth, -tenth), "test": slice(-tenth, None)}
-        _check(str(path), arrays["images"])
-        labels = arrays.get("labels")
-        labels = None if labels is None else _check_labels(str(path), labels, len(arrays["images"]))
-        return {name: (arrays["images"][cut], None if labels is None else labels[cut]) for name, cut in cuts.items()}
+        return {name: (images[cut], None if labels is None else labels[cut]) for name, cut in cuts.items()}
     for keys in NPZ_KEYS:
         found = {name: pair for name, pair in keys.items() if pair[0] in arrays}
         if not found:
             continue
         if missing := [keys[name][0] for name in ("train", "test") if name not in found]:
-            raise UserError(f"{path} holds {', '.join(archive.files)} and no {missing[0]}: {advice}")
+            raise UserError(f"{path} holds {', '.join(arrays)} and no {missing[0]}: {advice}")
         with_labels = [pair[1] for pair in found.values() if pair[1] in arrays]
         if with_labels and len(with_labels) < len(found):
             (missing, *_) = (pair[1] for pair in found.values() if pair[1] not in arrays)
             raise UserError(f"{path} holds {with_labels[0]} and no {missing}: all labels are needed, or none")
+        images = {name: checked(f"{path} ({x})", arrays[x]) for name, (x, _) in found.items()}
         return {
-            name: (arrays[x], _check_labels(f"{path} ({y})", arrays[y], len(arrays[x])) if y in arrays else None)
-            for name, (x, y) in found.items()
+            name: (images[name], _check_labels(f"{path} ({y})", arrays[y], len(images[name])) if y in arrays else None)
+            for name, (_, y) in found.items()
         }
-    raise UserError(f"{path} holds {', '.join(archive.files) or 'nothing'}: {advice}")
+    raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}: {advice}")
 
 
 def _from_folder(folder: Path) -> dict[str, Split]:
@@ -270,8 +286,7 @@ def _from_idx(folder: Path, files: list[Path]) -> dict[str, Split]:
         if len({each.name.removesuffix(".gz") for each in images}) > 1:
             several = f"several sets of {name} images, {images[0].name} and {images[-1].name}"
             raise UserError(f"{folder} holds {several}: put the files of one into a folder of their own")
-        array = _read_idx(images[0])
-        _check(str(images[0]), array)
+        array = checked(str(images[0]), _read_idx(images[0]))
         if images[0].name.startswith("emnist"):
             array = array.transpose(0, 2, 1)  # EMNIST is stored column by column
         labelled = _read_idx(labels[0]) if labels else None
@@ -299,23 +314,32 @@ def _from_pictures(folder: Path) -> dict[str, Split]:
     """The splits of a folder of pictures, one subfolder a class or none, by a fixed hash of their names.
 
     Grey, the shorter side resized to 28 with antialiasing, the centre cropped. The hash, of the name below `folder`,
-    sends a tenth to validation and a tenth to the test images, and a picture to the same split wherever it lies.
+    sends a tenth to validation and a tenth to the test images, and a picture to the same split whatever lies beside it.
     """
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import CenterCrop, Compose, Grayscale, PILToTensor, Resize
 
+    extensions = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+
+    def visible(path: str | Path) -> bool:
+        """Whether it is somebody's, and not what a system or a program put there."""
+        return not any(part.startswith((".", "__")) for part in Path(path).relative_to(folder).parts)
+
+    def is_picture(path: str | Path) -> bool:
+        return str(path).lower().endswith(extensions) and visible(path)
+
     class Pictures(ImageFolder):
         def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-            names = sorted(each.name for each in Path(directory).iterdir() if each.is_dir() and _visible(each))
-            return names or [""], {name: number for number, name in enumerate(names or [""])}
+            there = sorted(folder.iterdir())
+            names = [each.name for each in there if each.is_dir() and visible(each)] or [""]
+            if names != [""] and (loose := [each.name for each in there if each.is_file() and is_picture(each)]):
+                what = f"{loose[0]} beside the subfolder {names[0]}"
+                raise UserError(f"{folder} holds {what}: put all pictures into subfolders, one a class, or none")
+            return names, {name: number for number, name in enumerate(names)}
 
     to_image = Compose([Grayscale(), Resize(SIDE, antialias=True), CenterCrop(SIDE), PILToTensor()])
-    extensions = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
     try:
-        found = Pictures(
-            str(folder), to_image, loader=_picture, allow_empty=True,
-            is_valid_file=lambda name: name.lower().endswith(extensions) and _visible(Path(name)),
-        )  # fmt: skip
+        found = Pictures(str(folder), to_image, loader=_picture, is_valid_file=is_picture, allow_empty=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be looked into ({error.strerror})") from None
     if not found.samples:
@@ -333,15 +357,11 @@ def _from_pictures(folder: Path) -> dict[str, Split]:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{name} is no picture that can be read ({reason}): mend or remove it") from None
         names.append(unicodedata.normalize("NFC", Path(name).relative_to(folder).as_posix()))
+    images = checked(str(folder), images)
     tenth = np.array([int(hashlib.md5(name.encode(errors="replace")).hexdigest(), 16) % 10 for name in names])
     labels = np.array(found.targets) if len(found.classes) > 1 else None
     rows = {"train": tenth > 1, "validation": tenth == 1, "test": tenth == 0}
     return {name: (images[row], None if labels is None else labels[row]) for name, row in rows.items()}
-
-
-def _visible(path: Path) -> bool:
-    """Whether it is somebody's, and not what a system or a program put beside it."""
-    return not path.name.startswith((".", "__"))
 
 
 def _picture(name: str):
@@ -372,10 +392,10 @@ def _fetch(dataset: str, data_dir: Path, folder: Path, missing: list[str]) -> No
                     for file in missing:
                         write(folder / file, _read(fetched, file, MD5[dataset][file]))
                     return
+                except (RunError, MemoryError):
+                    raise
                 except UserError as error:
                     failures.append(str(error))
-                except MemoryError:
-                    raise
                 except Exception as error:  # what proxies and portals answer, http.client has errors of its own for
                     if isinstance(error, OSError) and error.errno in DISK:
                         raise

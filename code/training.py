@@ -78,7 +78,7 @@ def adam(
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True, **settings)
     _match_device(optimizer)
     optimizer.register_load_state_dict_post_hook(_match_device)
-    if dist.is_initialized():
+    if connected():
         for each in parameters:
             each.register_post_accumulate_grad_hook(lambda parameter: average(parameter.grad))
     return optimizer
@@ -100,29 +100,44 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def connect(device: torch.device) -> None:
     """Join the processes that torchrun started: over gloo on CPUs, over NCCL on CUDA. One alone joins nobody."""
     if cli.processes() > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        with together():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         cli.at_end.callback(disconnect)
+
+
+def connected() -> bool:
+    """Whether this process has joined others. Some builds of PyTorch cannot."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def disconnect() -> None:
     """Leave them: from now on this process's gradients and batches are its own."""
-    if dist.is_initialized():
+    if connected():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """For whatever waits for the other processes. Raises RunError if one of them has ended; process 0 alone says so."""
+    """For whatever waits for the other processes. Raises RunError if that fails, of which one on a machine tells."""
     try:
         yield
     except RuntimeError as error:  # what gloo and NCCL say of a connection that is gone
-        ended = "another process of this training has ended: all of them end; go on with the same command and --resume"
-        raise RunError("" if cli.rank() else ended) from error
+        reason = str(error).partition("\n")[0]
+        ended = f"another process of this training has ended or cannot be reached ({reason})"
+        advice = "all of them end; go on with the same command and --resume"
+        raise RunError("" if cli.local_rank() else f"{ended}: {advice}") from error
+
+
+def wait_for_all() -> None:
+    """Return when all processes have come here."""
+    if connected():
+        with together():
+            dist.barrier()
 
 
 def average(values: Tensor) -> None:
     """Make `values`, of one shape in all processes, their mean over the processes, in place."""
-    if dist.is_initialized():
+    if connected():
         with together():
             dist.all_reduce(values)
         values.div_(dist.get_world_size())
@@ -130,7 +145,7 @@ def average(values: Tensor) -> None:
 
 def from_process_0(content: Any) -> Any:
     """What process 0 has in every process: a tensor, in place, or anything that can be pickled."""
-    if not dist.is_initialized():
+    if not connected():
         return content
     box = [content]
     with together():
@@ -140,7 +155,7 @@ def from_process_0(content: Any) -> Any:
 
 def share(index: Tensor) -> Tensor:
     """This process's part of a batch (batch,), which all of them divide equally."""
-    return index.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else index
+    return index.chunk(dist.get_world_size())[dist.get_rank()] if connected() else index
 
 
 def own_noise(seed: int, epoch: int) -> None:
@@ -148,7 +163,7 @@ def own_noise(seed: int, epoch: int) -> None:
 
     They are a function of the seed, the epoch and the process, so a resumed run draws the same.
     """
-    if dist.is_initialized():
+    if connected():
         torch.manual_seed(zlib.crc32(f"{seed}, epoch {epoch}, process {cli.rank()}".encode()))
 
 
@@ -164,7 +179,7 @@ def check_finite(epoch: int, **losses: Tensor) -> None:
 
     With several processes the losses become their means over the processes first, in place.
     """
-    for values in losses.values() if dist.is_initialized() else ():
+    for values in losses.values() if connected() else ():
         mean = values.clone(memory_format=torch.contiguous_format)
         average(mean)
         values.copy_(mean)

@@ -32,7 +32,7 @@ import training
 from experiment import Run, log_mean_exp, save_samples, seconds_per_1000
 from training import fixed_generator, fixed_normal
 
-EVALUATION_IMAGES = 10_000  # of the training images; validation and test have as many
+EVALUATION_IMAGES = 10_000  # of the training images, or all if there are fewer
 EVALUATION_BATCH = 1000
 MANIFOLD_SIDE = 20  # images along each axis
 BEST = {  # of the record run
@@ -342,7 +342,7 @@ def evaluate(run: Run, model: VAE, data: mnist.Data) -> dict:
     }
     if model.z_dim == 2:
         result["test_nll_quadrature"] = float(-quadrature_log_px(model, x).mean())
-    if judged_by := judge.find(run):
+    if judged_by := judge.find(run, data):
         result |= judge.verdict(judged_by, sample(model, judge.JUDGED), data.test_images)
     return result
 

@@ -32,6 +32,20 @@ SMALL = {  # a script -> flags of a small model that is trained within a second,
 VERDICT = {"fid", "precision", "recall", "class_counts"}
 COSTS = {"parameters", "train_seconds", "peak_memory_mib", "seconds_per_1000_samples"}
 
+# Python that, run before a script's main, ends it at an (epoch, step, process) by a signal, and says when.
+KILLED = """
+import os, signal, time
+import cli, experiment
+steps = experiment.Run.steps
+def killed(self, epoch, batches, total):
+    for number, each in enumerate(steps(self, epoch, batches, total)):
+        if (epoch, number, cli.rank()) == {at}:
+            cli.say(f"killed at {{time.time()}}")
+            os.kill(os.getpid(), signal.{signal})
+        yield each
+experiment.Run.steps = killed
+"""
+
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it, which the scripts respect
 FORKS = multiprocessing.get_context("forkserver")  # processes start as forks of one that has imported everything

@@ -31,6 +31,7 @@ from test_mnist import store, synthetic  # noqa: F401  (a fixture)
 from test_modules import SOURCES
 
 HUGE = str(2**62)
+SCRIPTS = [path.stem for path in (ROOT / "code").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()]
 
 
 @pytest.fixture
@@ -107,6 +108,19 @@ def test_the_repositorys_weights_are_used_with_another_out(small, finished, tmp_
     assert ("figures/vae_z20_samples.npz" in written) == (flag == "--sample=16")
     assert ("figures/vae_z20_elbo.png" in written) == (flag == "--evaluate")
     assert contents(tmp_path / "repository") == before
+
+
+def test_of_weights_in_two_places_the_first_are_told_of_and_those_that_fit_are_used(small, finished, tmp_path):
+    for place in ("repository", "out"):
+        shutil.copytree(finished("vae"), tmp_path / place)
+    path = tmp_path / "out" / "weights" / "vae_z20.pt"
+    archive = torch.load(path, weights_only=True)
+    path.write_bytes(experiment.torch_bytes({**archive, "config": {**archive["config"], "hidden": 16}}))
+    status, said = small("--evaluate", "--hidden", "9")
+    assert status == 2 and said.count("\n") == 1 and f"the weights {path} has another" in said
+    assert "hidden 16 there, 9 here" in said
+    status, said = small("--sample", "3")
+    assert status == 0 and f"none of this configuration in {tmp_path / 'out'}" in said
 
 
 @pytest.mark.parametrize("flags", [["--evaluate"], ["--sample=3"], ["--batch-size=501"]])
@@ -261,6 +275,17 @@ def test_a_full_disk_is_not_called_a_network(tmp_path, monkeypatch):
         mnist.load("mnist", tmp_path)
 
 
+def test_after_a_disk_that_fills_as_files_are_put_in_place_no_source_is_tried(tmp_path, synthetic, monkeypatch):  # noqa: F811
+    def full(path, content):
+        raise RunError(f"cannot write {path}")
+
+    monkeypatch.setattr(mnist, "write", full)
+    monkeypatch.setattr(mnist, "_from_torchvision", served(tmp_path / "served", synthetic))
+    monkeypatch.setattr(mnist, "_from_npm", lambda *_: pytest.fail("tried"))
+    with pytest.raises(RunError, match="cannot write"):
+        mnist.load("mnist", tmp_path / "data")
+
+
 # Signals and standard streams
 
 
@@ -294,19 +319,22 @@ def test_ctrl_c_twice_is_ctrl_c(capsys, monkeypatch):
 def test_ctrl_c_while_torch_is_loaded_is_no_traceback(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    for script in ("vae", "gan", "nf", "judge", "bench"):
+    for script in SCRIPTS:
         command = [sys.executable, ROOT / "code" / f"{script}.py"]
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True)
         assert done.returncode == -signal.SIGINT and not done.stderr, done.stderr
 
 
 def test_an_epoch_is_saved_before_it_is_told(small, tmp_path, monkeypatch):
+    lines = []
+
     def told(line):
         saved = torch.load(tmp_path / "out" / "checkpoints" / "vae_z20.pt", weights_only=True)
         assert f"epoch {saved['history'][-1]['epoch']}/2" in line
+        lines.append(line)
 
     monkeypatch.setattr(cli, "say", told)
-    assert small()[0] == 0
+    assert small()[0] == 0 and len(lines) == 3
 
 
 @pytest.mark.parametrize("redirected", ["2>&- >&-", "2>/dev/full"])
@@ -413,10 +441,18 @@ def test_help_shows_a_default_of_0(script):
 
 
 def test_help_without_docstrings():
-    for script in ("vae", "judge", "bench"):
-        command = [sys.executable, "-OO", ROOT / "code" / f"{script}.py", "--help"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0 and "--data-dir" in done.stdout, done.stderr
+    program = f"""
+import runpy, sys
+for script in {SCRIPTS}:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path({str(ROOT / "code")!r} + f"/{{script}}.py", run_name="__main__")
+    except SystemExit as error:
+        print(error.code, script)
+"""
+    done = subprocess.run([sys.executable, "-OO", "-c", program], capture_output=True, text=True)
+    assert done.stdout.count("\n  --data-dir DIR") == len(SCRIPTS), done.stderr
+    assert all(f"\n0 {script}\n" in done.stdout for script in SCRIPTS)
 
 
 def test_say_survives_any_stream(monkeypatch):
@@ -435,7 +471,7 @@ def test_how_threads_wait_is_set_before_torch_and_only_if_the_user_has_not(tmp_p
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("import os, sys\nsys.exit(str(os.environ.get('GOMP_SPINCOUNT')))")
     kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    for script in ("vae", "gan", "nf", "judge", "bench"):
+    for script in SCRIPTS:
         command = [sys.executable, ROOT / "code" / f"{script}.py"]
         environment = {**kept, **user, "PYTHONPATH": str(tmp_path)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,6 +1,5 @@
 """The judge: its measures against closed forms and scipy, its errors, and the frozen weights on real images."""
 
-import functools
 import hashlib
 import importlib
 import io
@@ -196,7 +195,7 @@ def test_a_run_without_the_judge_ends_with_its_own_result(
     if lacking == "of other data":
         flags, name = [*flags, "--dataset", "fashion-mnist"], f"{name}_fashion-mnist"
     else:
-        monkeypatch.setattr(judge, "load", functools.partial(judge.load, root=tmp_path))
+        monkeypatch.setattr(judge, "home", lambda dataset: tmp_path)
     if lacking == "damaged":  # after training, which the other two cover
         (tmp_path / "weights").mkdir()
         (tmp_path / "weights" / "judge.pt").write_bytes((ROOT / "weights" / "judge.pt").read_bytes()[:-100])
@@ -281,6 +280,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, capsys, name, content)
     assert judge.main([str(path), "--out", str(ROOT)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "bad.npz" in error, name
+    assert ("more than fits into memory" in error) == (name == "huge")
 
 
 def test_missing_weights_name_the_command_and_nothing_is_trained(tmp_path, capsys):
@@ -297,7 +297,8 @@ def test_real_images_are_those_of_the_reference(model, tiny, tmp_path, monkeypat
     np.savez(tmp_path / "good.npz", images=GOOD)
     for name, images in (("test", tiny.test_images), ("validation", tiny.validation_images)):
         assert judge.main([str(tmp_path / "good.npz"), "--reference", name, "--out", str(ROOT)]) == 0
-        assert name in capsys.readouterr().out.splitlines()[0]
+        first, _, mean, *_ = capsys.readouterr().out.splitlines()
+        assert name in first and "5 draws of 500 training images" in mean  # there are no 1,000
         features, _ = judge.features_and_logits(model, images)
         assert len(references) == judge.DRAWS + 1
         assert all(torch.equal(references.pop().features, features) for _ in range(judge.DRAWS + 1))

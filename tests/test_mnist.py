@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+import cli
 import mnist
 import pictures
+import training
 import vae
 from cli import UserError
 
@@ -128,6 +130,22 @@ def test_each_source_is_verified_and_put_in_place(tmp_path, synthetic, monkeypat
     (tmp_path / "MNIST" / "raw" / mnist.FILES[1]).unlink()
     with pytest.raises(UserError, match="cannot fetch"):
         mnist.load("mnist", tmp_path)
+
+
+def test_of_several_processes_the_first_on_a_machine_fetches(tmp_path, synthetic, monkeypatch):
+    done = []
+
+    def fetch(*args):
+        store(tmp_path / str(len(done)) / "MNIST" / "raw", synthetic)
+        done.append("fetched")
+
+    monkeypatch.setattr(mnist, "_fetch", fetch)
+    monkeypatch.setattr(training, "wait_for_all", lambda: done.append("waited"))
+    assert len(mnist.load("mnist", tmp_path / "0").images) == 60 and done == ["fetched", "waited"]
+    monkeypatch.setattr(cli, "local_rank", lambda: 1)
+    monkeypatch.setattr(training, "wait_for_all", fetch)  # which the first did meanwhile
+    monkeypatch.setattr(mnist, "_fetch", lambda *_: pytest.fail("fetched by another"))
+    assert len(mnist.load("mnist", tmp_path / "2").images) == 60
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):

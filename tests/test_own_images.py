@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import cli
+import experiment
 import gan
 import judge
 import mnist
@@ -31,6 +32,13 @@ def npz(path, **arrays):
     return path
 
 
+def medmnist(train=slice(0, 200), val=slice(200, 230), test=slice(230, 300)):
+    """Arrays under MedMNIST's keys, with their labels as columns."""
+    parts = {"train": train, "val": val, "test": test}
+    images = {f"{name}_images": IMAGES[part] for name, part in parts.items()}
+    return images | {f"{name}_labels": LABELS[part, None] for name, part in parts.items()}
+
+
 def pictures(folder, classes=("cats", "dogs"), n=220, size=(40, 30)):
     """A folder of `n` random pictures, spread over the classes."""
     for number in range(n):
@@ -44,10 +52,7 @@ def pictures(folder, classes=("cats", "dogs"), n=220, size=(40, 30)):
 
 
 def test_medmnists_keys_and_its_own_validation_set(tmp_path):
-    keys = {}
-    for name, part in (("train", slice(0, 200)), ("val", slice(200, 230)), ("test", slice(230, 300))):
-        keys |= {f"{name}_images": IMAGES[part], f"{name}_labels": LABELS[part, None]}
-    data = mnist.load(npz(tmp_path / "x.npz", **keys), tmp_path)
+    data = mnist.load(npz(tmp_path / "x.npz", **medmnist()), tmp_path)
     assert torch.equal(data.images, torch.from_numpy(IMAGES[:230])) and data.validation == 30 and data.classes == 3
     assert torch.equal(data.train_images, torch.from_numpy(IMAGES[:200]))
     assert torch.equal(data.validation_images, torch.from_numpy(IMAGES[200:230]))
@@ -93,7 +98,9 @@ def test_several_labels_for_an_image_are_none(tmp_path):
         ({"x_train": IMAGES}, "no x_test"),
         ({"x_train": IMAGES[:200], "x_test": IMAGES[200:], "y_train": LABELS[:200]}, "y_train and no y_test"),
         ({"train_images": IMAGES[:200], "val_images": IMAGES[:5], "test_images": IMAGES[200:]}, "5 validation"),
-        ({"train_images": IMAGES[:200], "test_images": IMAGES[200:, :9]}, "(test) holds images of shape"),
+        ({"train_images": IMAGES[:200], "test_images": IMAGES[200:, :9]}, "(test_images) holds images of shape"),
+        (medmnist(val=slice(0)), "0 validation"),
+        ({"x_train": np.uint8(9), "y_train": LABELS, "x_test": IMAGES, "y_test": LABELS}, "images of shape ()"),
     ],
 )
 def test_an_npz_of_no_use_is_one_line(tmp_path, capsys, arrays, words):
@@ -187,9 +194,6 @@ def test_idx_files_of_no_use_are_one_line(tmp_path):
 
 def test_pictures_of_classes_and_of_none(tmp_path):
     folder = pictures(tmp_path / "x")
-    (folder / ".hidden").mkdir()
-    (folder / "__MACOSX").mkdir()
-    (folder / "cats" / "._1.png").write_bytes(b"of another system")
     (folder / "cats" / "notes.txt").write_text("no picture")
     data = mnist.load(folder, tmp_path)
     sizes = [len(data.train_images), data.validation, len(data.test_images)]
@@ -197,6 +201,17 @@ def test_pictures_of_classes_and_of_none(tmp_path):
     assert data.classes == 2 and (data.labels.sum() + data.test_labels.sum()) == 110
     plain = mnist.load(pictures(tmp_path / "y", classes=()), tmp_path)
     assert plain.labels is None and len(plain.images) + len(plain.test_images) == 220
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path):
+    for classes in ((), ("cats", "dogs")):
+        folder = pictures(tmp_path / f"{len(classes)} classes", classes)
+        for name in (".ipynb_checkpoints/1.png", "__MACOSX/2.png", "._3.png", ".hidden/cats/4.png"):
+            for there in (folder, *(folder / each for each in classes)):
+                (there / name).parent.mkdir(parents=True, exist_ok=True)
+                (there / name).write_bytes(b"of another system")
+        data = mnist.load(folder, tmp_path)
+        assert len(data.images) + len(data.test_images) == 220 and data.classes == len(classes)
 
 
 def test_a_picture_goes_to_the_same_split_whatever_lies_beside_it(tmp_path):
@@ -243,6 +258,9 @@ def test_folders_of_no_use_are_one_line(tmp_path):
     fails(tmp_path / "empty", "holds no pictures")
     fails(pictures(tmp_path / "few", n=30), "at least 200")
     fails(pictures(tmp_path / "splits", classes=("train", "test")), "a folder for each split")
+    folder = pictures(tmp_path / "both", classes=())
+    (folder / "cats").mkdir()
+    fails(folder, r"0\.png beside the subfolder cats: put all")
     folder = pictures(tmp_path / "broken")
     for content in (b"", b"text", (folder / "cats" / "0.png").read_bytes()[:-300]):
         (folder / "dogs" / "7.png").write_bytes(content)
@@ -273,6 +291,19 @@ def test_a_config_names_the_data_without_their_place(tmp_path):
         assert cli.settings(args)["dataset"] == expected and expected != "mnist"
 
 
+def test_different_folders_name_different_runs(tmp_path):
+    """Also those that torchvision makes, which are all called `raw`."""
+    for place, name in (("KMNIST/raw", "KMNIST"), ("QMNIST/raw", "QMNIST"), ("x.v1", "x.v1"), ("x.v2", "x.v2")):
+        (tmp_path / place).mkdir(parents=True)
+        args = vae.flags().parse_args([f"--dataset={tmp_path / place}", f"--out={tmp_path}"])
+        run = experiment.Run("vae", vae.flags(), args)
+        names = run.name, judge.name_of(args.dataset), run.config["dataset"]
+        assert names == (f"vae_{name}", f"judge_{name}", f"{name}/")
+    assert cli.stem(tmp_path / "x.v1" / ".." / "raw") == "raw"  # no folder
+    (tmp_path / "raw").mkdir()
+    assert cli.stem(tmp_path / "x.v1" / ".." / "raw") == tmp_path.name
+
+
 @pytest.mark.parametrize("script", RUNS)
 def test_every_script_trains_on_200_images_without_labels(tmp_path, monkeypatch, script):
     module = importlib.import_module(script)
@@ -301,7 +332,9 @@ def test_a_judge_of_ones_own_images_is_used(tmp_path, monkeypatch, capsys):
     assert vae.main([*SMALL["vae"], *flags, "--sample", "100"]) == 0
     capsys.readouterr()
     assert judge.main([str(out / "figures" / "vae_z20_own_samples.npz"), *flags]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 6  # what, head, three of the floor, the file
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6  # what, head, three of the floor, the file
+    assert lines[2].index("(mean") == lines[3].index("(least") == lines[4].index("(greatest")
     other = npz(tmp_path / "elsewhere.npz", images=IMAGES)
     assert judge.main(["--train", "--dataset", str(other), "--out", str(out)]) == 2
     assert "no labels" in capsys.readouterr().err
@@ -313,12 +346,12 @@ def test_a_judge_of_ones_own_images_is_used(tmp_path, monkeypatch, capsys):
 
 
 def test_as_a_user_types_it(tmp_path):
-    """From the folder with the images, without --out: to the repository's out/, under the images' name."""
+    """From the folder with the images, and by their name there, which the run's files bear."""
     npz(tmp_path / "own.npz", images=IMAGES)
     command = [sys.executable, ROOT / "code" / "vae.py", "--dataset", "own.npz", "--out", "here", *SMALL["vae"]]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stderr.splitlines()) == 4, done.stderr
-    assert "judge.py --train --dataset" in done.stderr
+    assert "images without labels" in done.stderr and "judge.py" not in done.stderr
     assert "figures/vae_z20_own.json" in contents(tmp_path / "here")
     assert str(tmp_path) not in json.dumps(result_of(tmp_path / "here", "vae_z20_own"))

@@ -87,6 +87,11 @@ def uses_it_indirectly(name: str) -> bool:
     return name in {"VAE", "GAN", "Flow", "Prior", "log_prob", "sample"} or name.startswith("q")
 
 
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_bytes()
+    assert len(text) <= 10_240 and text.count(b"\n") <= 160
+
+
 def test_nothing_is_left_to_do():
     for path in ("report/report.tex", "README.md", "CONTRIBUTING.md", *(path for path in (ROOT / "docs").glob("*.md"))):
         text = re.sub(r"\bG?OMP_[A-Z_]+", "", (ROOT / path).read_text())  # variables that OpenMP reads

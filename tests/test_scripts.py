@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, RUNS, contents, lasting, result_of, run_script
+from conftest import KILLED, ROOT, RUNS, contents, lasting, result_of, run_script
 
 FEWER = """
 import dataclasses, functools, os, signal
@@ -32,15 +32,6 @@ SHORT = {  # run -> flags that make it one of seconds
 }
 NAMES = {**RUNS, "vae": "vae_z2"}
 
-INSIDE_AN_EPOCH = """
-steps = experiment.Run.steps
-def killed(self, epoch, batches, total):
-    for number, each in enumerate(steps(self, epoch, batches, total)):
-        if epoch == 2 and number == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield each
-experiment.Run.steps = killed
-"""
 WHILE_IT_WRITES = """
 sync, calls = os.fsync, []
 def half_written(descriptor):
@@ -111,7 +102,11 @@ def test_a_config_is_every_flag_but_the_machines(reference):
 
 @pytest.mark.parametrize(
     "patch",
-    [INSIDE_AN_EPOCH, WHILE_IT_WRITES.format(write=3), WHILE_IT_WRITES.format(write=7)],
+    [
+        KILLED.format(at=(2, 7, 0), signal="SIGKILL"),
+        WHILE_IT_WRITES.format(write=3),
+        WHILE_IT_WRITES.format(write=7),
+    ],
     ids=["inside an epoch", "while it writes a checkpoint", "while it writes a picture"],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(reference, run, tmp_path, patch):

@@ -8,11 +8,16 @@ import time
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
-from conftest import ROOT, SMALL, result_of
+import cli
+import training
+from cli import RunError
+from conftest import KILLED, ROOT, SMALL, result_of
 
 PREAMBLE = f"""
-import hashlib, os, signal, sys
+import hashlib, sys
 sys.path.insert(0, {str(ROOT / "code")!r})
 import cli
 import torch
@@ -71,14 +76,7 @@ training.same_buffers = told
 gan.seconds_per_1000 = lambda *_: 0.0
 sys.exit(gan.main(sys.argv[1:]))
 """
-KILLED = """
-steps = experiment.Run.steps
-def killed(self, epoch, batches, total):
-    for number, each in enumerate(steps(self, epoch, batches, total)):
-        if (epoch, number, cli.rank()) == (2, 2, 1):
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield each
-experiment.Run.steps = killed
+TRAINING = """
 vae.seconds_per_1000 = lambda *_: 0.0
 sys.exit(vae.main(sys.argv[1:]))
 """
@@ -86,16 +84,15 @@ sys.exit(vae.main(sys.argv[1:]))
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Runs a program, after PREAMBLE, in two processes; its status, what was said, and how long it took."""
+    """Runs a program, after PREAMBLE, in two processes; its status, and what was said."""
 
-    def run(program: str, *flags: object) -> tuple[int, str, float]:
+    def run(program: str, *flags: object) -> tuple[int, str]:
         (tmp_path / "program.py").write_text(PREAMBLE + program)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += [tmp_path / "program.py", *map(str, flags)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        begin = time.monotonic()
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        return done.returncode, done.stderr, time.monotonic() - begin
+        return done.returncode, done.stderr
 
     return run
 
@@ -109,12 +106,12 @@ def own(tmp_path):
 
 def test_the_gradients_are_those_of_one_process(torchrun):
     """Of the VAE, the flow and the discriminator: the generator's batch norm sees a process's share alone."""
-    status, said, _ = torchrun(GRADIENTS)
+    status, said = torchrun(GRADIENTS)
     assert status == 0 and all(f"process {rank} of 2 agrees" in said for rank in (0, 1)), said
 
 
 def test_all_processes_hold_the_same_bits_after_an_epoch(torchrun, own, tmp_path):
-    status, said, _ = torchrun(BITS, *SMALL["gan"], own, "--out", tmp_path / "out", "--device", "cpu")
+    status, said = torchrun(BITS, *SMALL["gan"], own, "--out", tmp_path / "out", "--device", "cpu")
     assert status == 0, said
     found = re.findall(r"bits (\d) (\w+) (\d+)", said)
     digests, seeds = ([[row[n] for row in found if row[0] == rank] for rank in "01"] for n in (1, 2))
@@ -125,22 +122,51 @@ def test_all_processes_hold_the_same_bits_after_an_epoch(torchrun, own, tmp_path
     assert content["environment"]["processes"] == 2 and len(content["history"]) == 3
 
 
-def test_when_one_is_killed_the_other_ends_and_a_resume_goes_on(torchrun, own, tmp_path):
+def lines_of_ours(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("vae.py: ")]
+
+
+@pytest.mark.parametrize(("signal", "process"), [("SIGKILL", 1), ("SIGKILL", 0), ("SIGTERM", 0)])
+def test_when_one_ends_the_other_ends_and_a_resume_goes_on(torchrun, own, tmp_path, signal, process):
     flags = [*SMALL["vae"], own, "--out", tmp_path / "out", "--device", "cpu"]
-    status, said, _ = torchrun(KILLED, *flags)
-    checkpoint = tmp_path / "out" / "checkpoints" / "vae_z20_own.pt"
-    assert status == 1 and time.time() - checkpoint.stat().st_mtime < 60, said
-    ours = [line for line in said.splitlines() if line.startswith("vae.py: ")]
-    assert len(ours) == 1 and "another process of this training has ended" in ours[0] and "--resume" in ours[0], said
+    status, said = torchrun(KILLED.format(at=(2, 2, process), signal=signal) + TRAINING, *flags)
+    (killed,) = re.findall(r"killed at ([\d.]+)", said)
+    assert status == 1 and time.time() - float(killed) < 30, said
+    lines = lines_of_ours(said)
+    assert len(lines) == (0 if (signal, process) == ("SIGKILL", 0) else 1), said  # process 0 tells, if it can
+    assert all("the same command and --resume" in line for line in lines), said
+    if process == 0:
+        return
     command = [sys.executable, ROOT / "code" / "vae.py", *map(str, flags), "--resume"]  # with one process
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "epoch 0/2" not in done.stderr and "epoch 2/2" in done.stderr, done.stderr
     assert len(result_of(tmp_path / "out", "vae_z20_own")["history"]) == 3
-    status, said, _ = torchrun(KILLED.replace("(2, 2, 1)", "()"), *flags, "--resume")  # finished: redraws, and ends
+    status, said = torchrun(TRAINING, *flags, "--resume")  # finished: redraws, and ends
     assert status == 0 and "  epoch " not in said, said
 
 
 def test_mistakes_are_one_line_for_all(torchrun, own, tmp_path):
-    status, said, _ = torchrun(KILLED, own, "--batch-size", "51", "--out", tmp_path / "out")
-    ours = [line for line in said.splitlines() if line.startswith("vae.py: ")]
-    assert status == 1 and len(ours) == 1 and "no multiple of the 2 processes" in ours[0], said
+    status, said = torchrun(TRAINING, own, "--batch-size", "51", "--out", tmp_path / "out")
+    (line,) = lines_of_ours(said)
+    assert status == 1 and "no multiple of the 2 processes" in line, said
+
+
+def test_a_machine_that_cannot_be_reached_is_one_line(monkeypatch):
+    """On each machine, as its first process tells."""
+
+    def unreachable(backend):
+        raise dist.DistNetworkError("no route to host\nand so on")
+
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", unreachable)
+    with pytest.raises(RunError, match=r"cannot be reached \(no route to host\): all"):
+        training.connect(torch.device("cpu"))
+
+
+def test_a_build_of_pytorch_without_distributed_trains_alone(monkeypatch):
+    monkeypatch.setattr(dist, "is_available", lambda: False)
+    for name in ("is_initialized", "is_torchelastic_launched", "init_process_group"):
+        monkeypatch.delattr(dist, name)
+    training.connect(torch.device("cpu"))
+    assert not training.connected() and (cli.rank(), cli.processes()) == (0, 1)
