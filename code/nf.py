@@ -338,7 +338,7 @@ def evaluate(run: Run, model: Flow, data: mnist.Data) -> dict:
         "importance_samples": draws,
         "seconds_per_1000_samples": seconds_per_1000(lambda n: sample(model, n), run.device),
     }
-    if judged_by := judge.find(run):
+    if judged_by := judge.find(run, data):
         result |= judge.verdict(judged_by, sample(model, judge.JUDGED), data.test_images)
     return result
 
