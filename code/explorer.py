@@ -4,7 +4,7 @@
 
 The page is explorer/page.html with, in it, the scripts of explorer/ and the committed weights, so that a browser can
 show it from a disk and asks no other machine for anything. The scripts compute what vae.py, gan.py, nf.py and judge.py
-do, by functions of the same names. Weights are rounded to as few bits as leave what the page shows within WITHIN of
+do, by functions of the same names. Weights are rounded to as few bits as keep what the page shows within WITHIN of
 PyTorch's; tests/test_explorer.py holds the page itself to that, in a browser.
 """
 
@@ -336,7 +336,10 @@ def equations(report: str) -> dict[str, int]:
 
 
 def page(data: mnist.Data) -> str:
-    """The page. Raises UserError if weights are missing, RunError if they do not fit into LARGEST bytes."""
+    """The page. Raises UserError if weights are missing.
+
+    Raises RunError if they do not fit into LARGEST bytes, or if what the page shows is not WITHIN of PyTorch's.
+    """
     models = {run: load(run) for run in PARTS}
     images = data.test_images[:CHECKED]
     described, texts, differences = {}, {}, {}
@@ -354,6 +357,8 @@ def page(data: mnist.Data) -> str:
         true, near = shown(run, model, images), shown(run, with_rounded(model, bits), images)
         errors = {kind: (each - true[kind]).abs() for kind, each in near.items()}
         differences[run] = {kind: [float(e.mean()), float(e.max())] for kind, e in errors.items()}
+        if not all(mean <= WITHIN[k][0] and most <= WITHIN[k][1] for k, (mean, most) in differences[run].items()):
+            raise cli.RunError(f"{run} would be too far from PyTorch's, see WITHIN in explorer.py: {differences[run]}")
     add("facts", "", facts(models, data), 8)
     html = filled(described, texts, difference_rows(differences, described))
     if len(html.encode()) > LARGEST:
@@ -372,6 +377,8 @@ def filled(described: dict[str, dict], texts: dict[str, str], differences: str) 
         "weights": "\n".join(NUMBERS.format(name, each) for name, each in texts.items()),
         "differences": differences,
     }
+    counts = {"checked": CHECKED, "test_images": TEST_IMAGES, "noises": NOISES, "draws": DRAWS, "ranged": RANGED}
+    names |= {name: f"{count:,}" for name, count in counts.items()}
     numbers = equations((ROOT / "report" / "report.tex").read_text(encoding="utf-8"))
     names |= {label: str(number) for label, number in numbers.items()}
     template = (SOURCES / "page.html").read_text(encoding="utf-8")

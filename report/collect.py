@@ -287,8 +287,8 @@ def remarks(results: dict[str, dict]) -> list[str]:
         f"range of {results['judge']['floor']['count']} random draws of 10,000 training images.",
         *over_noise(results["gan"]),
         f"Validation values of the assignment's first solution: z of 20 {first[0]}, z of 2 {first[1]}, the flow "
-        f"{first[2]}; later, z of 20 {' and '.join(later)}. That solution's VAEs used *static* binarisation, fixed "
-        "once for each image, which is not quite comparable.",
+        f"{first[2]}; later, z of 20 {' and '.join(later)}. Its VAEs used *static* binarisation, drawn once for "
+        "each image, which is not quite comparable.",
         measured_on(results[run]["environment"] for run in NAMES),
     ]
 

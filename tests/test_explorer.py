@@ -5,10 +5,13 @@ Where there is no Chromium, what needs it is skipped, but not where CI is set.
 
 import base64
 import contextlib
+import functools
+import http.server
 import json
 import os
 import re
 import shutil
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -16,9 +19,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import cli
 import explorer
 import nf
 import training
+import vae
 from conftest import ROOT
 
 HTML = ROOT / "docs" / "explorer.html"
@@ -28,7 +33,7 @@ PHONE = {"deviceMetrics": {"width": 390, "height": 844, "pixelRatio": 2, "touch"
 
 
 @contextlib.contextmanager
-def opened(**experimental: object) -> Iterator:
+def opened(url: str = HTML.as_uri(), **experimental: object) -> Iterator:
     """The page in a headless Chromium, ready; skips where there is none, and fails there if CI is set."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     driver = shutil.which("chromedriver")
@@ -47,7 +52,7 @@ def opened(**experimental: object) -> Iterator:
     try:
         browser.set_script_timeout(WAIT)
         browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": SAME_NUMBERS})
-        browser.get(HTML.as_uri())
+        browser.get(url)
         until(browser, "return document.body.dataset.ready === 'yes'")
         yield browser
     finally:
@@ -56,9 +61,10 @@ def opened(**experimental: object) -> Iterator:
 
 @pytest.fixture(scope="module")
 def browser():
-    """The page at 1280 x 800, one for all tests of this file."""
+    """The page at 1280 x 800, one for all tests of this file; they leave no complaints in its console."""
     with opened() as it:
         yield it
+        assert complaints(it) == []
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +96,23 @@ def evaluate(browser, expression: str, *given: object) -> object:
     return result["value"]
 
 
+def plain(value: object) -> object:
+    """A description for JavaScript: its tensors are lists of numbers, row by row."""
+    match value:
+        case dict():
+            return {key: plain(each) for key, each in value.items()}
+        case list():
+            return [plain(each) for each in value]
+        case torch.Tensor():
+            return value.flatten().tolist()
+    return value
+
+
+def complaints(browser) -> list[str]:
+    """The new messages in the console, but for Chromium's advice on canvases that are read often, as tests do."""
+    return [each["message"] for each in browser.get_log("browser") if "willReadFrequently" not in each["message"]]
+
+
 def grey_of(browser, canvas: str) -> torch.Tensor:
     """The grey values that a canvas of 28 x 28, a JavaScript expression, shows: (784,)."""
     data = browser.execute_script(f"return [...{canvas}.getContext('2d').getImageData(0, 0, 28, 28).data]")
@@ -106,12 +129,17 @@ def idle(browser) -> None:
     until(browser, "return asked.size === 0")
 
 
-def drag(browser, element: str, *shares: tuple[float, float]) -> None:
-    """Press the mouse at the first place, in shares of the element's width and height, and move through the others."""
+def places(browser, element: str, *shares: tuple[float, float]) -> list[dict[str, float]]:
+    """Places in the window, given in shares of an element's width and height; it is scrolled into view."""
     browser.execute_script("byId(arguments[0]).scrollIntoView({block: 'center', behavior: 'instant'})", element)
     box = browser.execute_script("return byId(arguments[0]).getBoundingClientRect().toJSON()", element)
-    for i, (x, y) in enumerate(shares):
-        at = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"], "button": "left", "clickCount": 1}
+    return [{"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]} for x, y in shares]
+
+
+def drag(browser, element: str, *shares: tuple[float, float]) -> None:
+    """Press the mouse at the first place, in shares of the element's width and height, and move through the others."""
+    for i, place in enumerate(places(browser, element, *shares)):
+        at = place | {"button": "left", "clickCount": 1}
         if i == 0:
             browser.execute_cdp_cmd("Input.dispatchMouseEvent", at | {"type": "mousePressed"})
         browser.execute_cdp_cmd("Input.dispatchMouseEvent", at | {"type": "mouseMoved", "buttons": 1})
@@ -120,13 +148,14 @@ def drag(browser, element: str, *shares: tuple[float, float]) -> None:
 
 def touch(browser, element: str, *shares: tuple[float, float]) -> None:
     """As `drag`, with a finger."""
-    browser.execute_script("byId(arguments[0]).scrollIntoView({block: 'center', behavior: 'instant'})", element)
-    box = browser.execute_script("return byId(arguments[0]).getBoundingClientRect().toJSON()", element)
-    for i, (x, y) in enumerate(shares):
-        points = [{"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}]
-        kind = "touchMove" if i else "touchStart"
+    first, *others = places(browser, element, *shares)
+    fingers(browser, ("touchStart", [first]), *(("touchMove", [place]) for place in others), ("touchEnd", []))
+
+
+def fingers(browser, *steps: tuple[str, list[dict[str, float]]]) -> None:
+    """Touch the screen, step by step: what happens, and where the fingers are then."""
+    for kind, points in steps:
         browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
 
 def keys(browser, element: str, *names: str) -> None:
@@ -173,6 +202,13 @@ def test_the_committed_page_is_what_explorer_writes(data_dir, tmp_path, capsys):
     assert without_numbers(written) == without_numbers(committed), "run: make explorer"
     if written != committed:  # zlib may be another
         assert inflated(written) == inflated(committed), "run: make explorer"
+
+
+def test_a_page_too_far_from_pytorch_is_not_written(data, monkeypatch):
+    monkeypatch.setattr(explorer, "fewest_bits", lambda *_: 8)
+    monkeypatch.setattr(explorer, "WITHIN", dict.fromkeys(explorer.WITHIN, (0.0, 0.0)))
+    with pytest.raises(cli.RunError, match="vae_z2 would be too far"):
+        explorer.page(data)
 
 
 def test_the_page_is_small_and_names_no_host():
@@ -259,6 +295,21 @@ def test_a_mixture_far_out(browser):
         assert torch.tensor([f[each] for f in found]).double() == pytest.approx(expected[0], rel=1e-6)
     back = evaluate(browser, "given[0].map((z) => invertMixture(z, given[1]))", [f["z"] for f in found], mixture)
     assert back == pytest.approx(x, rel=1e-9)
+    lost = "(() => { try { return invertMixture(NaN, given[0]); } catch (error) { return error.message; } })()"
+    assert evaluate(browser, lost, mixture) == "the inverse of a mixture did not converge"
+
+
+@torch.no_grad()
+def test_a_log_variance_has_a_floor(browser):
+    """As in vae.py: of an encoder whose outputs for it are below the floor, between it and 0, and above."""
+    model = vae.VAE(z_dim=3, hidden=1, depth=1)
+    model.encoder = torch.nn.Linear(2, 6, dtype=torch.float64)
+    model.encoder.bias.copy_(torch.tensor([0.5, 0.0, -0.5, -20.0, -3.0, 3.0]))
+    mu, logvar = model.encode(torch.ones(1, 2, dtype=torch.float64))
+    script = "(({mu, logvar}) => [...mu, ...logvar])(encode({encoder: given[0]}, [1, 1]))"
+    found = evaluate(browser, script, plain(explorer.layers(model.encoder)))
+    assert found == pytest.approx([*mu[0].tolist(), *logvar[0].tolist()])
+    assert found[3] == -12
 
 
 def test_quantiles_and_the_great_circle(browser):
@@ -297,14 +348,64 @@ def test_what_the_page_says_of_likelihoods(models, data):
 # The page, in the browser
 
 
-def test_opens_from_disk_without_errors_or_requests(browser):
-    """Every request of this session was for the file itself, or for what it holds."""
-    assert browser.get_log("browser") == []
+def check_alone(browser, url: str) -> None:
+    """Without errors, and every request was for the page itself, or for what it holds."""
+    assert complaints(browser) == []
     messages = [json.loads(each["message"])["message"] for each in browser.get_log("performance")]
     urls = [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
-    assert HTML.as_uri() in urls
-    assert {url.partition(":")[0] for url in urls} <= {"file", "blob", "data"}
-    assert {url for url in urls if url.startswith("file:")} == {HTML.as_uri()}
+    assert {each for each in urls if not each.startswith(("blob:", "data:"))} == {url}
+
+
+def test_opens_from_disk_without_errors_or_requests(browser):
+    check_alone(browser, HTML.as_uri())
+
+
+def test_opens_from_a_server():
+    """As on GitHub Pages: one of static files."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=HTML.parent)
+    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server, contextlib.ExitStack() as stack:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stack.callback(server.shutdown)
+        url = f"http://localhost:{server.server_port}/{HTML.name}"
+        with opened(url) as page:
+            check_alone(page, url)
+
+
+def test_a_failure_is_shown(browser):
+    """An error of the page, and one of the worker, for whose answer nobody waits."""
+    for script, message in (
+        ("dispatchEvent(new ErrorEvent('error', {message: 'a test'}))", "a test"),
+        ("ask('no such question')", "is not a function"),
+    ):
+        browser.execute_script(script)
+        until(browser, "return !byId('failed').hidden")
+        assert message in browser.execute_script("return byId('failed').textContent")
+        browser.execute_script("byId('failed').hidden = true")
+    (complaint,) = complaints(browser)
+    assert "is not a function" in complaint
+
+
+def test_dark_mode(browser):
+    """It has another paper; either way the band of test images stands out from its scale by 3 to 1 (WCAG's 1.4.11)."""
+
+    def background(element: str) -> list[int]:
+        script = "return getComputedStyle(document.querySelector(arguments[0])).backgroundColor"
+        return [int(each) for each in re.findall(r"\d+", browser.execute_script(script, element))]
+
+    def luminance(element: str) -> float:
+        shares = [each / 255 for each in background(element)]
+        linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in shares]
+        return sum(weight * each for weight, each in zip((0.2126, 0.7152, 0.0722), linear))
+
+    papers = []
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        papers.append(background("body"))
+        darker, lighter = sorted((luminance(".band"), luminance(".scale")))
+        assert (lighter + 0.05) / (darker + 0.05) >= 3
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert papers[0] != papers[1]
 
 
 def test_the_pointer_moves_over_the_plane(browser, models):
@@ -317,6 +418,10 @@ def test_the_pointer_moves_over_the_plane(browser, models):
     assert (image_in(browser, "decoded") - means).abs().max() <= explorer.WITHIN["grey"][1]
     keys(browser, "dots", "ARROW_RIGHT", "ARROW_UP", "ARROW_UP")
     assert browser.execute_script("return plane.z") == pytest.approx([z[0] + 0.1, z[1] + 0.2])
+    drag(browser, "dots", (0.999, 0.5))
+    edge = browser.execute_script("return plane.z[0]")
+    keys(browser, "dots", "ARROW_LEFT", "ARROW_RIGHT", "ARROW_RIGHT")
+    assert browser.execute_script("return plane.z[0]") == pytest.approx(edge)
 
 
 def test_a_dot_is_a_test_image_at_its_posterior_mean(browser, models, data):
@@ -328,8 +433,8 @@ def test_a_dot_is_a_test_image_at_its_posterior_mean(browser, models, data):
     assert dot[0] == pytest.approx(mu[0].tolist(), abs=explorer.WITHIN["position"][1])
     assert dot[1] == pytest.approx(torch.exp(logvar[0] / 2).tolist(), rel=0.1)
     browser.execute_script("moveTo([...plane.dots[arguments[0]].mu])", index)
-    hovered = browser.execute_script("return plane.hovered.index")
-    assert (image_in(browser, "hovered") == data.test_images[hovered].flatten()).all()
+    assert browser.execute_script("return plane.hovered.index") == index
+    assert (image_in(browser, "hovered") == data.test_images[index].flatten()).all()
     drawn = (
         "const {data} = byId('dots').getContext('2d').getImageData(0, 0, 560, 560); return data.filter(Boolean).length"
     )
@@ -339,6 +444,32 @@ def test_a_dot_is_a_test_image_at_its_posterior_mean(browser, models, data):
     assert browser.execute_script("return plane.hovered") is None
     click(browser, "show-dots")
     assert browser.execute_script(drawn) == with_dots
+
+
+def test_a_hovered_dots_ellipse_is_drawn(browser):
+    """What it changes of the drawing reaches two deviations to all sides: of the dot whose ellipse is largest."""
+    dots = browser.execute_script("return plane.dots.map(({mu, deviation}) => [[...mu], [...deviation]])")
+    mu, deviation = torch.tensor(dots, dtype=torch.float64).unbind(1)  # (dots, 2) each
+    low, high = (torch.special.ndtr(mu + side * deviation) for side in (-2, 2))  # shares of the map's width
+    index = int((high - low).amin(1).argmax())
+    script = """
+        moveTo([-2.8, 2.8]); // the point's own mark is elsewhere
+        const canvas = byId('dots'), size = canvas.width;
+        const drawn = (hovered) => {
+            plane.hovered = hovered;
+            drawDots();
+            return canvas.getContext('2d').getImageData(0, 0, size, size).data;
+        };
+        const [without, hovering] = [drawn(null), drawn(plane.dots[arguments[0]])], xs = [], ys = [];
+        without.forEach((each, i) => {
+            if (each === hovering[i]) return;
+            xs.push(((i >> 2) % size) / size);
+            ys.push(Math.floor((i >> 2) / size) / size);
+        });
+        return [Math.min(...xs), Math.max(...xs), 1 - Math.max(...ys), 1 - Math.min(...ys)];
+    """
+    expected = [low[index, 0], high[index, 0], low[index, 1], high[index, 1]]
+    assert browser.execute_script(script, index) == pytest.approx([float(each) for each in expected], abs=0.01)
 
 
 def test_a_frame_of_the_plane_takes_less_than_16_ms(browser):
@@ -428,6 +559,16 @@ def test_drawing_with_keys(browser):
     keys(browser, "pad", "SPACE", *["ARROW_DOWN"] * 10, "SPACE", *["ARROW_RIGHT"] * 3)
     assert browser.execute_script("return pad.strokes") == [[[13, y] for y in range(9, 20)]]
     assert (image_in(browser, "seen").view(28, 28)[6:22, 13:15] > 200).all()
+    keys(browser, "pad", "SPACE")
+    drag(browser, "pad", (0.1, 0.1), (0.2, 0.1))  # lifts the pen
+    keys(browser, "pad", "ARROW_UP")
+    strokes = browser.execute_script("return pad.strokes")
+    assert len(strokes) == 3
+    assert strokes[1] == [[16, 19]]
+    assert strokes[2][-1] == pytest.approx([5.6, 2.8], abs=0.2)
+    for event in ("{key: ' ', repeat: true}", "{key: ' ', ctrlKey: true}", "{key: 'ArrowLeft', altKey: true}"):
+        browser.execute_script(f"byId('pad').dispatchEvent(new KeyboardEvent('keydown', {event}))")
+    assert browser.execute_script("return [pad.pen, pad.down]") == [[16, 18], False]
 
 
 @torch.no_grad()
@@ -450,10 +591,40 @@ def test_between_two_test_images(browser, models, data):
         means = 255 * torch.sigmoid(models["vae_best"].decode(models["vae_best"].encode(x)[0]))[0]
         assert (image_in(browser, "now-vae") - means).abs().max() <= explorer.WITHIN["grey"][1]
         assert (image_in(browser, ("from", "to")[end]) == image).all()
+        z = explorer.nearest_noise(models["gan"], data.test_images[index : index + 1]).double()
+        means = 127.5 * (models["gan"].average(z)[0] + 1)
+        assert (image_in(browser, "now-gan") - means).abs().max() <= explorer.WITHIN["grey"][1]
     labels = [
         int(data.test_labels[browser.execute_script("return between.ends[arguments[0]].index", i)]) for i in (0, 1)
     ]
     assert labels[0] != labels[1]
+    before = image_in(browser, "from")
+    click(browser, "new-start")
+    idle(browser)
+    assert (image_in(browser, "from") != before).any()
+
+
+def test_a_new_end_is_neither_the_old_one_nor_of_the_others_class(browser):
+    """Of three images to go between, the first two of one class, only the second is left."""
+    script = """(() => {
+        const { ends } = FACTS;
+        FACTS.ends = ends.slice(0, 3);
+        const drawn = Array.from({ length: 16 }, () => drawEnd(true, { index: ends[0] }, { index: ends[2] }));
+        FACTS.ends = ends;
+        return Promise.all(drawn).then((all) => all.map(({ index }) => ends.indexOf(index)));
+    })()"""
+    assert evaluate(browser, script) == [1] * 16
+
+
+def images_of(models, noise: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """PyTorch's images, (n, 784), of noise for the rows of the page, (n, dimensions) each."""
+    best = models["vae_best"]
+    makers = {
+        "vae": lambda u: 255 * torch.sigmoid(best.decode(best.prior.inverse(u))),
+        "gan": lambda z: 127.5 * (models["gan"].average(z) + 1),
+        "flow": lambda z: models["nf"].inverse(z).floor().clamp(0, 255).flatten(1),
+    }
+    return {row: makers[row](each) for row, each in noise.items()}
 
 
 @torch.no_grad()
@@ -469,23 +640,18 @@ def test_the_slider_goes_along_the_great_circle(browser, models):
         row: training.slerp(*(torch.tensor([end[row]], dtype=torch.float64) for end in ends), 5)[:, 1]
         for row in ("vae", "gan", "flow")
     }
-    best = models["vae_best"]
-    expected = {
-        "vae": 255 * torch.sigmoid(best.decode(best.prior.inverse(points["vae"]))),
-        "gan": 127.5 * (models["gan"].average(points["gan"]) + 1),
-        "flow": models["nf"].inverse(points["flow"]).floor().clamp(0, 255).flatten(1),
-    }
-    for row, image in expected.items():
+    for row, image in images_of(models, points).items():
         error = (image_in(browser, f"now-{row}") - image[0]).abs()
         assert error.mean() <= explorer.WITHIN["grey"][0], row  # one image: its worst pixel is held to less elsewhere
         third = grey_of(browser, f"between.tiles.{row}[2]")  # of nine: at a quarter
         assert (image_in(browser, f"now-{row}") == third).all(), row
 
 
-def test_samples_and_their_temperature(browser):
+@torch.no_grad()
+def test_samples_and_their_temperature(browser, models):
     def samples() -> dict[str, torch.Tensor]:
         idle(browser)
-        assert browser.execute_script("return byId('progress').hidden")
+        assert browser.execute_script("return getComputedStyle(byId('progress')).visibility") == "hidden"
         return {row: torch.stack([grey_of(browser, f"samples.tiles.{row}[{i}]") for i in range(16)]) for row in rows}
 
     rows = ("vae", "gan", "flow")
@@ -500,6 +666,12 @@ def test_samples_and_their_temperature(browser):
     new = samples()
     assert (new["gan"] != cold["gan"]).any(1).all()
     assert (new["vae"] == cold["vae"]).all()
+    browser.execute_script("byId('temperature').value = 50; byId('temperature').dispatchEvent(new Event('input'))")
+    cool = samples()
+    noise = browser.execute_script("return {vae: [...samples.noise.vae[0]], flow: [...samples.noise.flow[0]]}")
+    halved = {row: 0.5 * torch.tensor([each], dtype=torch.float64) for row, each in noise.items()}
+    for row, image in images_of(models, halved).items():
+        assert (cool[row][0] - image[0]).abs().mean() <= explorer.WITHIN["grey"][0], row
 
 
 def test_a_phone_and_a_finger():
@@ -517,7 +689,18 @@ def test_a_phone_and_a_finger():
         before = phone.execute_script(place)
         touch(phone, "pad", (0.5, 0.2), (0.5, 0.9))
         assert phone.execute_script(place) == before  # the page does not scroll away under a drawing finger
+        first, second, moved = places(phone, "pad", (0.2, 0.2), (0.8, 0.8), (0.5, 0.8))
+        fingers(
+            phone,
+            ("touchStart", [first]),
+            ("touchStart", [first, second]),
+            ("touchMove", [first, moved]),
+            ("touchEnd", []),
+        )
+        *earlier, last = phone.execute_script("return pad.strokes")
+        assert len(earlier) == 2  # the second finger does not draw
+        assert all(each == pytest.approx([5.6, 5.6], abs=0.2) for each in last)
         touch(phone, "turn", (0.5, 0.5), (0.2, 0.5))
         assert int(phone.execute_script("return byId('turn').value")) == pytest.approx(20, abs=5)
         idle(phone)
-        assert phone.get_log("browser") == []
+        assert complaints(phone) == []

@@ -6,10 +6,11 @@ const DIMENSIONS = () => ({ vae: FACTS.zDim, gan: FACTS.noiseDim, flow: SIDE * S
 
 const between = { ends: [null, null], tiles: {}, turn: 0 };
 
-// An end: latents for each model, drawn afresh, or those of a test image.
-async function drawEnd(ofImages, other) {
+// An end: latents for each model, drawn afresh, or those of a test image: not the old end's, nor of the other's class.
+async function drawEnd(ofImages, old, other) {
   if (!ofImages) return Object.fromEntries(ROWS.map((row) => [row, normal(DIMENSIONS()[row])]));
-  const index = anyOf(FACTS.ends.filter((each) => !other || FACTS.labels[each] !== FACTS.labels[other.index]));
+  const allowed = (each) => each !== old?.index && FACTS.labels[each] !== FACTS.labels[other?.index];
+  const index = anyOf(FACTS.ends.filter(allowed));
   const noises = rowsOf(FACTS.endNoise, FACTS.ends.length);
   const gan = Float64Array.from(noises[FACTS.ends.indexOf(index)]);
   return { index, gan, ...(await ask("latents", TEST_IMAGES()[index])) };
@@ -50,13 +51,14 @@ async function startBetween() {
   const fits = (end) => end && (end.index !== undefined) === ofImages();
   const renew = latest(async (...which) => {
     const ends = between.ends.map((end, i) => (which.includes(i) || !fits(end) ? null : end));
-    for (const i of [0, 1]) ends[i] ??= await drawEnd(ofImages(), ends[1 - i]);
+    for (const i of [0, 1]) ends[i] ??= await drawEnd(ofImages(), between.ends[i], ends[1 - i]);
     between.ends = ends;
     showRows();
   });
-  byId("turn").addEventListener("input", () => showPoint());
   byId("new-start").addEventListener("click", () => renew(0));
   byId("new-end").addEventListener("click", () => renew(1));
   for (const id of ["of-noise", "of-images"]) byId(id).addEventListener("change", () => renew(0, 1));
   await renew(0, 1);
+  byId("turn").addEventListener("input", () => showPoint());
+  byId("between").inert = false;
 }

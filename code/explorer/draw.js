@@ -10,8 +10,6 @@ const FIGURES = {
   sure: { write: (x) => (100 * x).toFixed(1), unit: "%", ends: [0, 1] },
 };
 
-const signed = (x, digits) => x.toFixed(digits).replace("-", "\u2212");
-
 // The range of test images, and at which share of its scale a value is.
 function scaleOf(name) {
   const [low, high] = FACTS.ranges[name];
@@ -19,7 +17,7 @@ function scaleOf(name) {
   return { low, high, share: (x) => (x - first) / (last - first) };
 }
 
-// Writes a figure, and marks it on its scale, where a band is the range of test images.
+// Writes a figure, and marks it on its scale, where a band is the range of the middle 90% of test images.
 function say(name, value) {
   const { write, unit } = FIGURES[name];
   const { low, high, share } = scaleOf(name);
@@ -28,7 +26,8 @@ function say(name, value) {
   row.querySelector(".mark").style.left = `${100 * Math.min(Math.max(share(value), 0), 1)}%`;
   const place = value < low ? "below" : value > high ? "above" : "within";
   row.dataset.place = place;
-  row.querySelector(".verdict").textContent = `${place} the range of test images, ${write(low)} to ${write(high)}${unit}`;
+  const range = `${write(low)} to ${write(high)}${unit}`;
+  row.querySelector(".verdict").textContent = `${place} the range of the middle 90% of test images, ${range}`;
 }
 
 // Places the band of every figure's scale.
@@ -103,25 +102,33 @@ function startDraw() {
     return [((event.clientX - box.left) / box.width) * SIDE, ((event.clientY - box.top) / box.height) * SIDE];
   };
   canvas.addEventListener("pointerdown", (event) => {
+    if (!event.isPrimary || event.button !== 0) return; // a second finger, another button
     canvas.setPointerCapture(event.pointerId);
-    pad.open = true;
+    Object.assign(pad, { open: true, down: false });
     pad.strokes.push([point(event)]);
     update();
   });
   canvas.addEventListener("pointermove", (event) => {
-    if (!pad.open) return;
+    if (!pad.open || !event.isPrimary) return;
     pad.strokes.at(-1).push(...(event.getCoalescedEvents?.() ?? []).map(point), point(event));
     update();
   });
-  for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => (pad.open = false));
+  for (const end of ["pointerup", "pointercancel"]) {
+    canvas.addEventListener(end, (event) => {
+      if (event.isPrimary) pad.open = false;
+    });
+  }
   canvas.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-    if (step) pad.pen = pad.pen.map((each, i) => Math.min(Math.max(each + step[i], 1), SIDE - 1));
-    else if (event.key === " ") pad.down = !pad.down;
-    else return;
+    if (!(step || event.key === " ") || isForBrowser(event)) return;
     event.preventDefault();
-    if (event.key === " " && pad.down) pad.strokes.push([pad.pen]);
-    else if (step && pad.down) pad.strokes.at(-1).push(pad.pen);
+    if (step) {
+      pad.pen = pad.pen.map((each, i) => Math.min(Math.max(each + step[i], 1), SIDE - 1));
+      if (pad.down) pad.strokes.at(-1).push(pad.pen);
+    } else if (!event.repeat) {
+      pad.down = !pad.down;
+      if (pad.down) pad.strokes.push([pad.pen]);
+    }
     if (pad.down) update();
     else drawStrokes();
   });

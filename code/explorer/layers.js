@@ -5,7 +5,7 @@ const softplus = (x) => Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x)));
 
 const LAYERS = {
   dense: (layer, x) => dense(layer, x),
-  convolution: (layer, x, side) => convolution(layer, x, side),
+  convolution,
   residual: (layer, x, side) => run(layer.layers, x, side).map((value, i) => x[i] + value),
   pool: (layer, x, side) => maxPool(x, side),
   silu: (layer, x) => x.map((value) => value * sigmoid(value)),

@@ -52,13 +52,13 @@ function invertMixture(z, mixture) {
     if (reached.z > z) high = x;
     const newton = (z - reached.z) * Math.exp(-reached.ladj);
     const close = 1e-12 * (1 + Math.abs(x));
-    if (Math.abs(newton) <= close || high - low <= close || Math.abs(z - reached.z) <= 1e-12 * (1 + Math.abs(z))) break;
+    if (Math.abs(newton) <= close || high - low <= close || Math.abs(z - reached.z) <= 1e-12 * (1 + Math.abs(z))) return x;
     const inside = low < x + newton && x + newton < high && Math.abs(newton) <= length / 2;
     const next = inside ? x + newton : low + (high - low) / 2;
     length = Math.abs(next - x);
     x = next;
   }
-  return x;
+  throw new Error("the inverse of a mixture did not converge");
 }
 
 // What x_a says of each number of x_b: a list of {logScale, shift, mixture}.

@@ -75,7 +75,7 @@ async function unpackAll(parts, texts) {
     models[run] = "" in found ? found[""] : found;
   }
   const { facts } = models;
-  if (facts) facts.draws = rowsOf(facts.eps, facts.eps.length / facts.zDim);
+  facts.draws = rowsOf(facts.eps, facts.eps.length / facts.zDim);
   return models;
 }
 

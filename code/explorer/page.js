@@ -1,9 +1,9 @@
-// Starts the page, once the VAE of the plane and the facts are unpacked.
+// Starts the page, once the VAE of the plane and the facts are unpacked. What fails is shown: page.html sees to that.
 
 let PLANE, FACTS;
 
 (async () => {
-  const only = { "vae_z2": { decoder: PARTS.vae_z2.decoder }, facts: PARTS.facts };
+  const only = { vae_z2: { decoder: PARTS.vae_z2.decoder }, facts: PARTS.facts };
   ({ vae_z2: PLANE, facts: FACTS } = await unpackAll(only, TEXTS));
   const plane = startPlane();
   startDraw();
@@ -11,8 +11,4 @@ let PLANE, FACTS;
   await startBetween();
   await startSample();
   document.body.dataset.ready = "yes";
-})().catch((error) => {
-  byId("failed").hidden = false;
-  byId("failed").textContent = `This browser cannot run the models (${error.message}). A recent Firefox, Chrome or Safari can.`;
-  throw error;
-});
+})();

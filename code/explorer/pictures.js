@@ -11,6 +11,7 @@ const ask = (() => {
   const source = ["numerics", "worker"].map((id) => byId(id).textContent).join("\n");
   const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
   let count = 0;
+  worker.onerror = ({ message }) => fail(message || "the worker did not start");
   worker.onmessage = ({ data: { id, answer, error } }) => {
     const { resolve, reject } = asked.get(id);
     asked.delete(id);
@@ -111,4 +112,8 @@ function normalQuantile(share) {
 
 const TEST_IMAGES = () => rowsOf(FACTS.images, FACTS.labels.length);
 const anyOf = (list) => list[Math.floor(Math.random() * list.length)];
-const nameOf = (index) => `test image ${index}, a ${FACTS.labels[index]}`;
+const nameOf = (index) => `test image ${index}: ${FACTS.labels[index]}`;
+const signed = (x, digits) => x.toFixed(digits).replace("-", "\u2212");
+
+// Whether a key is pressed together with one that makes it the browser's or the system's.
+const isForBrowser = ({ altKey, ctrlKey, metaKey }) => altKey || ctrlKey || metaKey;

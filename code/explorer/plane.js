@@ -2,7 +2,8 @@
 
 const MAP = 560; // units of the map's width
 const TILES = 20; // decoded images along it
-const EDGE = 0.002; // share of the prior beyond each edge that the pointer does not reach
+const EDGE = 0.002; // share of the prior beyond each edge that pointer and keys do not reach
+const REACH = normalQuantile(1 - EDGE); // the number of z at that edge
 const COLOURS = ["#6db6f2", "#f5a95b", "#ee6b6b", "#5fd0c5", "#8fd16a", "#f3dc6b", "#c89be0", "#ffa8c0", "#c99b6d", "#d8d4cc"];
 
 const plane = { z: [0, 0], dots: [], hovered: null, milliseconds: 0 };
@@ -34,7 +35,7 @@ function moveTo(z) {
   const begin = performance.now();
   plane.z = z;
   paint(byId("decoded"), decoderMeans(PLANE, Float64Array.from(z)));
-  byId("z").textContent = z.map((each) => each.toFixed(2).replace("-", "\u2212")).join(", ");
+  byId("z").textContent = z.map((each) => signed(each, 2)).join(", ");
   plane.hovered = nearestDot(z);
   drawDots();
   plane.milliseconds = performance.now() - begin;
@@ -60,12 +61,13 @@ function drawDots() {
   }
   const dot = plane.hovered;
   byId("hovered-figure").classList.toggle("empty", !dot);
-  if (!dot) byId("hovered").getContext("2d").clearRect(0, 0, SIDE, SIDE);
   byId("hovered-name").textContent = dot ? nameOf(dot.index) : "no test image at this place";
   if (dot) {
     paint(byId("hovered"), TEST_IMAGES()[dot.index]);
     outlined(context, () => ellipse(context, dot, MAP));
     disc(context, MAP * dot.place[0], MAP * dot.place[1], 2, "#fff");
+  } else {
+    byId("hovered").getContext("2d").clearRect(0, 0, SIDE, SIDE);
   }
   const [x, y] = placeOf(plane.z).map((share) => MAP * share);
   outlined(context, () => {
@@ -116,9 +118,9 @@ async function startPlane() {
   dots.addEventListener("pointermove", follow);
   dots.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
-    if (!step) return;
+    if (!step || isForBrowser(event)) return;
     event.preventDefault();
-    moveTo(plane.z.map((each, i) => Math.min(Math.max(each + step[i] * (event.shiftKey ? 0.5 : 0.1), -2.8), 2.8)));
+    moveTo(plane.z.map((each, i) => Math.min(Math.max(each + step[i] * (event.shiftKey ? 0.5 : 0.1), -REACH), REACH)));
   });
   byId("show-dots").addEventListener("change", (event) => {
     byId("map").classList.toggle("dimmed", event.target.checked);

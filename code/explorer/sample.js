@@ -12,7 +12,7 @@ async function showSamples() {
   const progress = byId("progress");
   progress.max = ROWS.length * SAMPLES;
   progress.value = 0;
-  progress.hidden = false;
+  progress.style.visibility = "visible";
   for (const row of ROWS) {
     const factor = row === "gan" ? 1 : temperature();
     for (let i = 0; i < SAMPLES; i++) {
@@ -22,7 +22,7 @@ async function showSamples() {
       progress.value++;
     }
   }
-  progress.hidden = true;
+  progress.style.visibility = "hidden";
 }
 
 function drawNoise() {
@@ -42,5 +42,6 @@ async function startSample() {
     showSamples();
   });
   drawNoise();
+  byId("sampling").inert = false;
   await showSamples();
 }

@@ -7,7 +7,7 @@ const binarise = (image, thresholds) => Float64Array.from(image, (grey, i) => (t
 function encode(model, x) {
   const out = run(model.encoder, x);
   const zDim = out.length / 2;
-  const bounded = (a) => Math.min(a, 0) + Math.log1p(Math.max(a, 0));
+  const bounded = (a) => Math.min(Math.max(a, -12), 0) + Math.log1p(Math.max(a, 0));
   return { mu: out.slice(0, zDim), logvar: out.slice(zDim).map(bounded) };
 }
 
