@@ -52,7 +52,8 @@ def generator_block(inputs: int, leak: float) -> nn.Sequential:
 
 def discriminator_block(inputs: int, outputs: int, leak: float, dropout: float) -> nn.Sequential:
     """A hidden layer of the discriminator: (batch, inputs) to (batch, outputs)."""
-    return nn.Sequential(nn.Linear(inputs, outputs), nn.LeakyReLU(leak), nn.Dropout(dropout))
+    drop = [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.LeakyReLU(leak), *drop)
 
 
 def shifted(x: Tensor, shift: int) -> Tensor:
@@ -437,7 +438,7 @@ def flags() -> cli.Parser:
     count, share = cli.positive_int, cli.fraction
     parser.add_argument("--z-dim", type=count, default=100, metavar="N", help="numbers of noise")
     parser.add_argument("--leak", type=share, default=0.2, metavar="X", help="slope of every leaky ReLU below 0")
-    parser.add_argument("--dropout", type=share, default=0.3, metavar="X", help="share of D's units that are dropped")
+    parser.add_argument("--dropout", type=share, default=0.0, metavar="X", help="share of D's units that are dropped")
     parser.add_argument(
         "--shift", type=cli.nonnegative_int, default=0, metavar="N", help="pixels by which D's images are moved at most"
     )

@@ -15,7 +15,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,8 @@ WORST = 10  # images, by the gap of the bound
 GAP_IMAGES, GAP_DRAWS, FITTING_STEPS = 100, 500, 100  # for models whose truth no grid gives
 ENCODER_STEPS, ENCODER_BATCH = 300, 200  # of training the encoder alone
 WINDOW_POINTS = 181  # along each axis of a posterior that is drawn
+WITHIN = 0.95  # share of a posterior, or of a Gaussian in the plane, inside the curve that is drawn around it
+RADIUS = math.sqrt(-2 * math.log(1 - WITHIN))  # of the Gaussian's curve, in its deviations
 NOISE, DRAWS, REPEATS = 0.3, 1000, 400  # of the linear-Gaussian model, and of its estimates
 ASCENT_STEPS = 50  # on the encoder, then on the decoder
 CODES = 3500  # of the aggregate posterior
@@ -88,15 +90,14 @@ def q1_1_autoencoder(data: mnist.Data, judged_by: judge.Judge, out: Path) -> dic
     The autoencoder is the VAE's own networks without noise on the code and without the KL. Few training images, seen
     often, make the difference of training and test reconstruction, `excess`, visible; both are scored by -log p(x|z) at
     the mean code. Its codes spread as they like, and N(0, I) covers a small part of them. Each with 2 and with 20 code
-    units. Frechet distances are of decoded draws. theory_autoencoder.png: the same draws decoded by the autoencoder and
-    by the VAE, with 2 units, then with 20.
+    units. Frechet distances are of decoded draws. theory_autoencoder.png: the same draws, decoded by each.
     """
     images = data.train_images[:AUTOENCODER_IMAGES].flatten(1)
     seen, _ = vae.evaluation_set(images, "training", 2)
     new, _ = vae.evaluation_set(data.test_images, "test", 2)
     real, _ = judge.features_and_logits(judged_by, data.test_images)
     answer: dict = {"images": len(images), "epochs": AUTOENCODER_EPOCHS}
-    rows = []
+    rows, labels = [], []
     for z_dim, name in itertools.product((2, 20), ("autoencoder", "vae")):
         model = briefly_trained(images, z_dim, variational=name == "vae")
         with torch.inference_mode():
@@ -109,7 +110,15 @@ def q1_1_autoencoder(data: mnist.Data, judged_by: judge.Judge, out: Path) -> dic
             "fid": judge.frechet_distance(features, real),
         }  # fmt: skip
         rows.append(samples[:10])
-    pictures.save_grid(out / "theory_autoencoder", torch.cat(rows), columns=10)
+        labels.append(f"{'VAE' if name == 'vae' else name}, $d = {z_dim}$")
+    fig, (ax,) = pictures.figure(4.8, 1.6)
+    grid = pictures.tile(torch.cat(rows), columns=10)
+    ax.imshow(grid, cmap="gray", vmin=0, vmax=255)
+    ax.set_yticks([(2 * row + 1) * len(grid) / (2 * len(rows)) for row in range(len(rows))], labels)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    pictures.save_figure(out / "theory_autoencoder", fig, pdf=False)
     return answer
 
 
@@ -233,8 +242,9 @@ def q1_4_gap(model: vae.VAE, data: mnist.Data, out: Path) -> dict:
     moments of its posterior's main mode or, where that is better, the encoder's; the best one loses no more.
     `gap_amortisation` is the rest (Cremer et al. 2018). `from_q` and `from_own`: how far importance sampling from
     either falls short of log p(x), at percentiles of the images. Of the WORST images by the bound's gap: the least
-    share of the posterior in its main mode and how far that is from q's mean, in q's deviations. theory_posterior.png:
-    the images at the median, the 90th and the 99th percentile of what sampling from q falls short.
+    and the median share of the posterior in its main mode, and how far that is from q's mean, in q's deviations.
+    theory_posterior.png: the images nearest to the median, the 90th and the 99th percentile of what sampling from q
+    falls short.
     """
     x, _ = (part[:POSTERIOR_IMAGES] for part in vae.evaluation_set(data.test_images, "test", 2))
     exact, mu_own, logvar_own, share = main_modes(model, x)
@@ -258,7 +268,7 @@ def q1_4_gap(model: vae.VAE, data: mnist.Data, out: Path) -> dict:
         answer[name]["mean"] = float(short.mean())
         if name == "from_q":
             chosen = [int((short - short.quantile(rank)).abs().argmin()) for rank in percentiles.values()]
-            titles = [f"{short[n]:.2f} nats short" for n in chosen]
+    titles = ("the median", "the 90th percentile", "the 99th percentile")
     draw_posteriors(model, x[chosen], exact[chosen], [each[chosen] for each in (mu, logvar, *own)], titles, out)
     return answer
 
@@ -316,9 +326,9 @@ def sampled_log_px(model: vae.VAE, x: Tensor, mu: Tensor, logvar: Tensor, draws:
 
 
 def draw_posteriors(
-    model: vae.VAE, x: Tensor, log_px: Tensor, gaussians: list[Tensor], titles: list[str], out: Path
+    model: vae.VAE, x: Tensor, log_px: Tensor, gaussians: list[Tensor], titles: Sequence[str], out: Path
 ) -> None:
-    """The posterior of each image: 95% of it, and two standard deviations of q and of the image's own Gaussian.
+    """The posterior of each image, q and the image's own Gaussian: the curve around WITHIN, 95%, of each.
 
     gaussians: mu and logvar of q, then of the image's own.
     """
@@ -338,12 +348,12 @@ def draw_posteriors(
         density = torch.exp(log_joint - log_px[n])
         extent = [float(each + way) for each in middle for way in (-side, side)]
         ax.imshow((log_joint - log_px[n]).numpy(), cmap="Greys", origin="lower", extent=extent, vmin=-15, vmax=14)
-        ax.contour(z1, z2, density, levels=[density_level(density, 0.95)], colors="black", linewidths=0.8)
+        ax.contour(z1, z2, density, levels=[density_level(density, WITHIN)], colors="black", linewidths=0.8)
         for centre, spread, colour, style in (
             (mu[n], logvar[n], pictures.SECOND_COLOUR, "-"),
             (mu_own[n], logvar_own[n], pictures.FIRST_COLOUR, "--"),
         ):
-            size = (4 * torch.exp(0.5 * spread)).tolist()  # two standard deviations to each side
+            size = (2 * RADIUS * torch.exp(0.5 * spread)).tolist()
             ax.add_patch(Ellipse(centre.tolist(), *size, fill=False, color=colour, linestyle=style, linewidth=1.3))
         inset = ax.inset_axes((0.02, 0.02, 0.25, 0.25))
         inset.imshow(x[n].view(mnist.SIDE, mnist.SIDE).numpy(), cmap="gray", vmin=0, vmax=1)
@@ -771,15 +781,15 @@ def q3_3_cost(flow: nf.Flow, images: int, out: Path) -> dict:
     """Milliseconds for log |det| of one d x d Jacobian: forming it, its LU, and the sum over a known diagonal.
 
     It is formed by d backward passes through one fully connected layer. Medians of three. `times_lu`: how much dearer
-    forming it is than its LU at the largest d. `epoch_hours`: both, at an image's size, for every coupling of the flow
-    and every training image. theory_cost: against d, with a guide in proportion to d^3.
+    forming it is than its LU at the largest d. `epoch_hours`: both, at the size of its level, for every coupling of the
+    flow and every training image. theory_cost: against d, with a guide in proportion to d^3.
     """
     answer: dict = {f"d{d}": determinant_costs(d) for d in SIZES}
     fig, (ax,) = pictures.figure(3.15, 2.4)
     styles = {
-        "formed_ms": ("forming it", pictures.MARK_COLOUR, ":"),
-        "dense_ms": ("LU", pictures.FIRST_COLOUR, "-"),
-        "triangular_ms": ("sum over the diagonal", pictures.SECOND_COLOUR, "--"),
+        "formed_ms": ("forming the Jacobian", pictures.MARK_COLOUR, ":"),
+        "dense_ms": ("its LU", pictures.FIRST_COLOUR, "-"),
+        "triangular_ms": ("sum over a known diagonal", pictures.SECOND_COLOUR, "--"),
     }
     for name, (label, colour, style) in styles.items():
         ax.loglog(SIZES, [row[name] for row in answer.values()], style, marker=".", color=colour, label=label)
@@ -789,15 +799,17 @@ def q3_3_cost(flow: nf.Flow, images: int, out: Path) -> dict:
     ax.set(xlabel="dimension $d$", ylabel="milliseconds")
     ax.grid(alpha=0.3)
     largest = answer[f"d{SIZES[-1]}"]
-    ax.set_ylim(top=300 * largest["formed_ms"])  # room for the legend
-    ax.legend(frameon=False)
+    ax.set_ylim(top=1000 * largest["formed_ms"])  # room for the legend
+    ax.legend(frameon=False, loc="upper left")
     pictures.save_figure(out / "theory_cost", fig)
-    couplings, at = sum(len(level) for level in flow.levels), answer[f"d{SIZES[-2]}"]
-    one = (at["formed_ms"] + at["dense_ms"]) / 1000  # seconds
+    seconds = 0.0  # an image
+    for number, level in enumerate(flow.levels):
+        at = answer[f"d{mnist.PIXELS >> number}"]  # each level has half as many numbers as the one before
+        seconds += len(level) * (at["formed_ms"] + at["dense_ms"]) / 1000
     return answer | {
         "times_lu": largest["formed_ms"] / largest["dense_ms"],
-        "couplings": couplings,
-        "epoch_hours": one * couplings * images / 3600,
+        "couplings": sum(len(level) for level in flow.levels),
+        "epoch_hours": seconds * images / 3600,
     }
 
 
@@ -842,8 +854,9 @@ def q3_4_dequantisation(out: Path) -> dict:
     crossing = float(np.interp(entropy, bits, deviations))
     fig, (ax,) = pictures.figure(3.15, 2.4)
     ax.semilogx(deviations, bits, color=pictures.FIRST_COLOUR, label="Gaussian noise")
-    ax.axhline(entropy, color=pictures.SECOND_COLOUR, linestyle="--", label="uniform noise: the entropy")
-    ax.axvline(1 / math.sqrt(2 * math.pi * math.e), color=pictures.MARK_COLOUR, linestyle=":", linewidth=1)
+    ax.axhline(entropy, color=pictures.SECOND_COLOUR, linestyle="--", label="uniform noise: entropy of the source")
+    threshold = 1 / math.sqrt(2 * math.pi * math.e)
+    ax.plot([threshold] * 2, [min(bits), entropy], ":", color=pictures.MARK_COLOUR, linewidth=1)  # not into the legend
     ax.plot([crossing], [entropy], "o", color=pictures.FIRST_COLOUR, markersize=4)
     ax.annotate(
         f"from {crossing:.2f} down\nbelow the entropy", (crossing, entropy), xytext=(6, -48), ha="left",
@@ -863,7 +876,7 @@ def q3_4_dequantisation(out: Path) -> dict:
         "uniform": uniform_noise_bits(probability),
         "spikes": {f"at_{w:g}": spike_bits(probability, w) for w in (0.1, 0.01, 0.001)},
         "gaussian": {f"at_{w:g}": gaussian_noise_bits(probability, w) for w in (0.05, 0.1, 0.2, 0.5)},
-        "threshold": 1 / math.sqrt(2 * math.pi * math.e),
+        "threshold": threshold,
     }
 
 
