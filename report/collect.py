@@ -43,7 +43,10 @@ NAMES = {
 
 VARIANTS = {  # run -> what stands below it in README's table: other run, what differs, its command
     "gan": [("gan_assignment", "GAN, dropout of 0.3 as assigned", "code/gan.py --dropout 0.3")],
-    "nf": [("nf_affine", "flow, affine maps alone", "code/nf.py --components 0 --epochs 46")],
+    "nf": [
+        ("nf_uniform", "flow, uniform noise", "code/nf.py --noise uniform --epochs 43"),
+        ("nf_affine", "flow, affine maps alone", "code/nf.py --components 0 --epochs 46"),
+    ],
 }
 
 SET = {"mu", "variance", "noise", "radius", "deviation"}  # last words of keys of what was not measured
