@@ -238,7 +238,7 @@ def test_numbers_follow_the_json(checkout):
             "| flow, affine maps alone | `code/nf.py --components 0 --epochs 57` | 33.3 | 1.046 bits/dim | 20.1 |",
             "one draw of the noise; 1.032 with 8 draws.",
             "first solution: z of 20 passed -101.7 after 9 s, z of 2 passed -151.2 after 3 s, the flow passed 1.82 "
-            "after 28 s; later, z of 20 did not pass -92 and did not pass -90.88. That",
+            "after 28 s; later, z of 20 did not pass -92 and did not pass -90.88. Its",
             "| 10 | -99.0 | -140.0 |",
             "| 8 | 1.392 | 0.700 | 0.600 | 0.400 |",
             "| the last 50 | 1.200 to 1.249 | 0.700 to 0.700 | 0.600 to 0.600 | 0.400 to 0.400 |",
