@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help all vae vae-best prior gan assignment nf nf-best figures affine uniform cuda trials judge seeds theory bench report explorer test lint clean
+.PHONY: help all vae vae-best prior gan nf nf-best figures affine uniform cuda trials judge seeds theory bench report explorer test lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -38,11 +38,6 @@ gan: $(VENV)/filled  ## train the GAN to the report's 200 epochs and draw everyt
 
 nf: $(VENV)/filled  ## train the flow to the report's 40 epochs and draw everything (figures/nf_*)
 	$(PY) code/nf.py
-	$(PY) report/collect.py
-
-assignment: $(VENV)/filled  ## train the GAN with the assignment's dropout (figures/gan_assignment.json)
-	$(PY) code/gan.py --dropout 0.3 --out out/assignment
-	cp out/assignment/figures/gan.json figures/gan_assignment.json
 	$(PY) report/collect.py
 
 figures: $(VENV)/filled  ## draw again what JSON, weights and checkpoints allow, without training; prints the results

@@ -438,7 +438,7 @@ def flags() -> cli.Parser:
     count, share = cli.positive_int, cli.fraction
     parser.add_argument("--z-dim", type=count, default=100, metavar="N", help="numbers of noise")
     parser.add_argument("--leak", type=share, default=0.2, metavar="X", help="slope of every leaky ReLU below 0")
-    parser.add_argument("--dropout", type=share, default=0.0, metavar="X", help="share of D's units that are dropped")
+    parser.add_argument("--dropout", type=share, default=0.3, metavar="X", help="share of D's units that are dropped")
     parser.add_argument(
         "--shift", type=cli.nonnegative_int, default=0, metavar="N", help="pixels by which D's images are moved at most"
     )

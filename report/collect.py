@@ -42,7 +42,6 @@ NAMES = {
 }  # fmt: skip
 
 VARIANTS = {  # run -> what stands below it in README's table: other run, what differs, its command
-    "gan": [("gan_assignment", "GAN, dropout of 0.3 as assigned", "code/gan.py --dropout 0.3")],
     "nf": [
         ("nf_uniform", "flow, uniform noise", "code/nf.py --noise uniform --epochs 43"),
         ("nf_affine", "flow, affine maps alone", "code/nf.py --components 0 --epochs 46"),

@@ -111,11 +111,12 @@ def q1_1_autoencoder(data: mnist.Data, judged_by: judge.Judge, out: Path) -> dic
         }  # fmt: skip
         rows.append(samples[:10])
         labels.append(f"{'VAE' if name == 'vae' else name}, $d = {z_dim}$")
-    fig, (ax,) = pictures.figure(4.8, 1.6)
+    fig, (ax,) = pictures.figure(5.3, 1.6)
     grid = pictures.tile(torch.cat(rows), columns=10)
     ax.imshow(grid, cmap="gray", vmin=0, vmax=255)
     ax.set_yticks([(2 * row + 1) * len(grid) / (2 * len(rows)) for row in range(len(rows))], labels)
     ax.set_xticks([])
+    ax.set_anchor("E")  # leaves the labels their room
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     pictures.save_figure(out / "theory_autoencoder", fig, pdf=False)
