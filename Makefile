@@ -69,13 +69,17 @@ trial_d_twice := --d-steps 2 --batch-size 128
 trial_shift := --dropout 0.1 --shift 2
 trial_shift_only := --dropout 0 --shift 2
 TRIALS := as_it_is other_seed beta1_half betas_default beta2_lower not_averaged lr_double lr_half batch_half
+trial_dropout_tenth_100 := $(trial_dropout_tenth)
+trial_shift_only_100 := $(trial_shift_only)
 LONG_TRIALS := assignment dropout_tenth dropout_none d_twice shift shift_only
+LONGEST_TRIALS := dropout_tenth_100 shift_only_100
 
-trials: $(TRIALS:%=trial-%) $(LONG_TRIALS:%=trial-%)  ## train the GAN for 10 or 20 epochs, other settings (figures/trials)
+trials: $(TRIALS:%=trial-%) $(LONG_TRIALS:%=trial-%) $(LONGEST_TRIALS:%=trial-%)  ## train the GAN for 10, 20 or 100 epochs, other settings (figures/trials)
 	$(PY) report/collect.py
 
 $(TRIALS:%=trial-%): EPOCHS := 10
 $(LONG_TRIALS:%=trial-%): EPOCHS := 20
+$(LONGEST_TRIALS:%=trial-%): EPOCHS := 100
 trial-%: $(VENV)/filled
 	$(PY) code/gan.py --epochs $(EPOCHS) --dropout 0.3 $(trial_$*) --fresh-epochs 0 --out out/trials/$*
 	mkdir -p figures/trials

@@ -52,8 +52,7 @@ def generator_block(inputs: int, leak: float) -> nn.Sequential:
 
 def discriminator_block(inputs: int, outputs: int, leak: float, dropout: float) -> nn.Sequential:
     """A hidden layer of the discriminator: (batch, inputs) to (batch, outputs)."""
-    drop = [nn.Dropout(dropout)] if dropout else []
-    return nn.Sequential(nn.Linear(inputs, outputs), nn.LeakyReLU(leak), *drop)
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.LeakyReLU(leak), nn.Dropout(dropout))
 
 
 def shifted(x: Tensor, shift: int) -> Tensor:

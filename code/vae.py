@@ -10,7 +10,8 @@ The prior p(z) is N(0, I) or, with --prior flow, what a small normalizing flow m
     python code/vae.py              # z of 20: test ELBO -89.10 nats, -log p(x) 85.97; 286 s
     python code/vae.py --z-dim 2    # z of 2: test ELBO -133.94 nats, -log p(x) 130.07; 150 s
     python code/vae.py --best       # z of 32: test ELBO -83.84 nats, -log p(x) 81.61; 1227 s
-    (seeds 0 to 2, means; times of seed 0; AMD EPYC, 2 threads, torch 2.14.1+cu130)
+    (seeds 0 to 2, means; times of seed 0; AMD EPYC, 2 threads, torch 2.14.1+cu130;
+    Intel(R) Xeon(R) Processor, 2 threads, torch 2.14.1+cu130)
 """
 
 import math

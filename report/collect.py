@@ -96,7 +96,8 @@ def collect(root: Path) -> dict[Path, str]:
             for run, command in commands.items():
                 pattern = rf"(?m)^( +python {re.escape(command)} +# ).*$"
                 source, found = re.subn(pattern, rf"\g<1>{claim(results[run])}", source)
-                source, where = re.subn(r"(?m)^    \(seed.*\)$", f"    ({setting(results[run])})", source)
+                setup = f"    ({setting([results[each] for each in commands])})"
+                source, where = re.subn(r"(?ms)^    \(seed.*?\)$", setup, source)
                 if found != 1 or where != 1:
                     raise UserError(f"{script} must show 'python {command}  # ...' and '    (seed ...)' once each")
             files[root / script] = source
@@ -160,11 +161,12 @@ def claim(content: dict) -> str:
     return f"{measured}; {result['train_seconds']:.0f} s"
 
 
-def setting(content: dict) -> str:
-    """Seeds, hardware and torch's version of a run."""
-    count = content["seeds"]["count"]
-    seeds = f"seed {content['config']['seed']}" if count == 1 else f"seeds 0 to {count - 1}, means; times of seed 0"
-    return f"{seeds}; {machine(content['environment'])}"
+def setting(contents: Sequence[dict]) -> str:
+    """Seeds, hardware and torch's version of a script's runs; a line for each machine."""
+    count = contents[0]["seeds"]["count"]
+    seeds = f"seed {contents[0]['config']['seed']}" if count == 1 else f"seeds 0 to {count - 1}, means; times of seed 0"
+    where = machines(each["environment"] for each in contents).replace("; ", ";\n    ")
+    return f"{seeds}; {where}"
 
 
 def rounded(key: str, value: float | int | str) -> str:
@@ -419,7 +421,12 @@ def machine(environment: dict) -> str:
 
 def measured_on(environments: Iterable[dict]) -> str:
     """The sentence that names the machines."""
-    return f"Measured on {'; '.join(sorted({machine(each) for each in environments}))}."
+    return f"Measured on {machines(environments)}."
+
+
+def machines(environments: Iterable[dict]) -> str:
+    """Every `machine` of these environments, once."""
+    return "; ".join(sorted({machine(each) for each in environments}))
 
 
 def seconds_until(history: list[dict], key: str, passed: Callable[[float], bool]) -> float:
