@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help all vae vae-best prior gan nf figures affine cuda trials judge seeds theory bench report explorer test lint clean
+.PHONY: help all vae vae-best prior gan nf nf-best figures affine uniform cuda trials judge seeds theory bench report explorer test lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -47,9 +47,18 @@ figures: $(VENV)/filled  ## draw again what JSON, weights and checkpoints allow,
 	$(PY) code/gan.py --evaluate
 	$(PY) code/nf.py --evaluate
 
+nf-best: $(VENV)/filled  ## train a larger flow for the record (figures/nf_best*)
+	$(PY) code/nf.py --best
+	$(PY) report/collect.py
+
 affine: $(VENV)/filled  ## train the flow with affine maps alone, for as many minutes (figures/nf_affine.json)
-	$(PY) code/nf.py --components 0 --epochs 57 --out out/affine
+	$(PY) code/nf.py --components 0 --epochs 46 --out out/affine
 	cp out/affine/figures/nf.json figures/nf_affine.json
+	$(PY) report/collect.py
+
+uniform: $(VENV)/filled  ## train the flow with uniform noise, for as many minutes (figures/nf_uniform.json)
+	$(PY) code/nf.py --noise uniform --epochs 43 --out out/uniform
+	cp out/uniform/figures/nf.json figures/nf_uniform.json
 	$(PY) report/collect.py
 
 # What is changed in a trial of the GAN, as flags, from the assignment's dropout; the long ones make D stronger.
@@ -106,12 +115,12 @@ cuda: $(VENV)/filled  ## the runs and the bench on a GPU (figures/*_cuda.json)
 	for run in vae_z20 vae_z2 vae_best gan nf; do cp out/cuda/figures/$$run.json figures/$${run}_cuda.json || exit; done
 	$(PY) report/collect.py
 
-seeds: $(VENV)/filled  ## train the VAEs with two more seeds: the spread (figures/vae_*_seed*.json)
+seeds: $(VENV)/filled  ## train all but the flow's record with two more seeds: the spread (figures/*_seed*.json)
 	set -e; for seed in 1 2; do \
-	  $(PY) code/vae.py --seed $$seed --out out/seed$$seed; \
-	  $(PY) code/vae.py --z-dim 2 --seed $$seed --out out/seed$$seed; \
-	  $(PY) code/vae.py --best --seed $$seed --out out/seed$$seed; \
-	  for run in vae_z20 vae_z2 vae_best; do cp out/seed$$seed/figures/$$run.json figures/$${run}_seed$$seed.json; done; \
+	  for run in vae.py "vae.py --z-dim 2" "vae.py --best" gan.py nf.py; do \
+	    $(PY) code/$$run --seed $$seed --out out/seed$$seed; \
+	  done; \
+	  for run in vae_z20 vae_z2 vae_best gan nf; do cp out/seed$$seed/figures/$$run.json figures/$${run}_seed$$seed.json; done; \
 	done
 	$(PY) report/collect.py
 

@@ -262,7 +262,8 @@ def dataset_name(dataset: str | Path) -> str:
     return dataset if isinstance(dataset, str) else f"{stem(dataset)}/" if dataset.is_dir() else dataset.name
 
 
-MACHINE = {"best", "device", "data_dir", "out", "resume", "evaluate", "sample"}  # flags that do not shape a result
+# Flags that do not shape a result.
+MACHINE = {"best", "device", "data_dir", "out", "resume", "evaluate", "sample", "temperature"}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -108,7 +108,9 @@ def content(part: nn.Module) -> Any:
         case vae.Prior():
             return [{"conditioner": layers(each.conditioner)} for each in part.couplings]
         case nf.Flow():
-            return {"shrink": part.shrink, "levels": [[coupling(each) for each in level] for level in part.levels]}
+            learned = layers(part.dequantiser.network) if part.dequantiser else None  # None: the noise is uniform
+            levels = [[coupling(each) for each in level] for level in part.levels]
+            return {"shrink": part.shrink, "dequantiser": learned, "levels": levels}
         case judge.Judge():
             return {"layers": [*layers(part.body), {"kind": "relu"}, *layers(part.head)]}
     return layers(part)
@@ -121,7 +123,7 @@ def coupling(part: nf.Coupling) -> dict:
         "gain": part.gain.flatten(),  # (channels,)
         "spread": part.spread.flatten(),  # (J * channels,)
         "components": part.components,
-        "logScaleLimit": part.log_scale_limit,
+        "limit": part.limit,
     }
 
 
@@ -272,8 +274,9 @@ def says(model: gan.GAN, images: Tensor) -> Tensor:
 
 def bits_per_dim(model: nf.Flow, images: Tensor) -> Tensor:
     """The flow's bits per dimension of images (n, 28, 28) uint8, for one draw of the noise: (n,)."""
-    v = nf.dequantised(images, noise().view(mnist.SIDE, mnist.SIDE).to(next(model.parameters())))
-    return torch.cat([nf.bits_per_dim(nf.log_prob(model, part)) for part in v.split(nf.EVALUATION_BATCH)])
+    u = noise().view(mnist.SIDE, mnist.SIDE).to(next(model.parameters()))
+    parts = images.split(nf.EVALUATION_BATCH)
+    return torch.cat([nf.bits_per_dim(nf.bound(model, part, u.expand(len(part), -1, -1))) for part in parts])
 
 
 @torch.no_grad()

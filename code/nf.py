@@ -32,14 +32,12 @@ from training import fixed_generator, fixed_normal
 EVALUATION_IMAGES = 10_000  # of the training images; validation and test have as many
 EVALUATION_BATCH = 250
 INTERPOLATIONS, POINTS = 8, 9  # rows, and images in a row, both ends included
+TEMPERATURES = (0.7, 0.8, 0.9)  # of samples, besides 1
+BEST = {"epochs": 60, "blocks": 3, "components": 16}  # the record run's settings
+FLOOR = 1e-6, 0.1  # weight and rate of a logistic around 0 that every mixture has besides its own
 
 
 # Model
-
-
-def dequantised(images: Tensor, noise: Tensor) -> Tensor:
-    """Grey values 0 to 255 plus noise in [0, 1), of any one shape: values in [0, 256], eq:dequantisation."""
-    return images.to(noise.dtype) + noise
 
 
 def to_logits(v: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
@@ -56,45 +54,61 @@ def from_logits(y: Tensor, shrink: float) -> Tensor:
     return 256 * (torch.sigmoid(y) - shrink / 2) / (1 - shrink)
 
 
-def mixture_logit(x: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
+def mixture_logit(x: Tensor, weight: Tensor, mu: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
     """z = logit F(x) with the CDF F of a mixture of logistics, and its ladj, log dz/dx, eq:mixture.
 
-    x: (batch, ...); logits of pi, mu, log s: (batch, J, ...). Returns (batch, ...) twice. With u_j = (x - mu_j) / s_j,
-    F = sum_j pi_j sigmoid(u_j), 1 - F = sum_j pi_j sigmoid(-u_j) and the density f = sum_j pi_j sigmoid(u_j)
-    sigmoid(-u_j) / s_j, all three by their logarithms, z = log F - log(1 - F) and ladj = log f - log F - log(1 - F).
+    x: (batch, ...); weights w, which need not sum to 1, means mu, rates 1/s: (batch, J, ...). Returns (batch, ...)
+    twice. With u_j = (x - mu_j) / s_j, A = sum_j w_j sigmoid(u_j), B = sum_j w_j sigmoid(-u_j) and C = sum_j w_j
+    sigmoid(u_j) sigmoid(-u_j) / s_j, A + B is the sum of the weights: F = A / (A + B), 1 - F = B / (A + B), and the
+    density is C / (A + B), so z = log A - log B and ladj = log C + log(A + B) - log A - log B. One more logistic, the
+    FLOOR, keeps the sums from underflowing far out.
     """
-    u = (x.unsqueeze(1) - mu) * torch.exp(-log_s)
-    log_pi = torch.log_softmax(logits, 1)
-    softplus = F.softplus(u, threshold=40)  # -log sigmoid(-u); the default threshold of 20 costs 2e-9 in float64
-    below, above = log_pi + (u - softplus), log_pi - softplus
-    log_below, log_above, log_density = (torch.logsumexp(each, 1) for each in (below, above, below - softplus - log_s))
-    return log_below - log_above, log_density - log_below - log_above
+    floor_weight, floor_rate = FLOOR
+    below, above = floor_weight * torch.sigmoid(floor_rate * x), torch.sigmoid(-floor_rate * x)
+    a, b, c = below, floor_weight * above, floor_rate * below * above
+    u = (x.unsqueeze(1) - mu) * rate
+    below, above = weight * torch.sigmoid(u), torch.sigmoid(-u)
+    a, b, c = a + below.sum(1), b + (weight * above).sum(1), c + (below * above * rate).sum(1)
+    log_a, log_b = torch.log(a), torch.log(b)
+    return log_a - log_b, torch.log(c) + torch.log(a + b) - log_a - log_b
 
 
-def invert_mixture(z: Tensor, logits: Tensor, mu: Tensor, log_s: Tensor, steps: int = 300) -> Tensor:
+def invert_mixture(z: Tensor, weight: Tensor, mu: Tensor, rate: Tensor, steps: int = 300) -> Tensor:
     """x with logit F(x) = z: z (batch, ...) to (batch, ...), the mixture as in mixture_logit.
 
     logit F lies between the least and the greatest u_j, hence x between the least and the greatest of mu_j + s_j z.
     Newton's method inside that bracket, which every evaluation narrows; a bisection step where Newton's would leave it
-    or is more than half as long as the one before. Raises RunError if a number has not converged after `steps`.
+    or is more than half as long as the one before. Numbers that have converged are put aside when they are a quarter of
+    those at work. Where the sums underflow, |z| > 87 in float32 and 700 in float64, x is finite and far out. Raises
+    RunError if a number has not converged after `steps`.
     """
-    ends = mu + torch.exp(log_s) * z.unsqueeze(1)
-    low, high = ends.amin(1), ends.amax(1)
-    x, length = low + (high - low) / 2, high - low
-    done = torch.zeros_like(x, dtype=torch.bool)
-    precision = 4 * torch.finfo(x.dtype).eps
+    floor = z / FLOOR[1]
+    ends = mu + z.unsqueeze(1) / rate
+    start = (weight * ends).sum(1) / weight.sum(1)
+    low, high = torch.minimum(ends.amin(1), floor), torch.maximum(ends.amax(1), floor)
+    numbers = torch.stack((z, start, low, high, high - low)).flatten(1)  # (5, n)
+    mixture = torch.stack((weight, mu, rate)).transpose(1, 2).flatten(2)  # (3, J, n)
+    found, places = torch.empty_like(z).flatten(), torch.arange(z.numel(), device=z.device)
+    precision = 4 * torch.finfo(z.dtype).eps
     for _ in range(steps):
-        reached, ladj = mixture_logit(x, logits, mu, log_s)
-        low, high = torch.where(reached < z, x, low), torch.where(reached > z, x, high)
-        step = (z - reached) * torch.exp(-ladj)
+        target, x, low, high, length = numbers
+        reached, ladj = (each[0] for each in mixture_logit(x[None], *mixture[:, None]))
+        low, high = torch.where(reached < target, x, low), torch.where(reached > target, x, high)
+        step = (target - reached) * torch.exp(-ladj)
         close = precision * (1 + x.abs())
-        done |= (step.abs() <= close) | (high - low <= close) | ((z - reached).abs() <= precision * (1 + z.abs()))
-        if done.all():
-            return x
+        done = (step.abs() <= close) | (high - low <= close)
+        done |= (target - reached).abs() <= precision * (1 + target.abs())
+        found[places] = x  # of those that are not done, for the time being
+        left = (~done).nonzero().squeeze(1)
+        if not len(left):
+            return found.view_as(z)
         newton, middle = x + step, low + (high - low) / 2
         new = torch.where((low < newton) & (newton < high) & (step.abs() <= length / 2), newton, middle)
-        x, length = torch.where(done, x, new), (new - x).abs()
-    raise cli.RunError(f"the inverse of a mixture did not converge for {int((~done).sum())} of {done.numel()} numbers")
+        new = torch.where(done, x, new)
+        numbers = torch.stack((target, new, low, high, (new - x).abs()))
+        if len(left) <= 0.75 * len(x):
+            numbers, mixture, places = numbers[:, left], mixture[:, :, left], places[left]
+    raise cli.RunError(f"the inverse of a mixture did not converge for {len(left)} of {z.numel()} numbers")
 
 
 class Residual(nn.Module):
@@ -112,31 +126,32 @@ class Residual(nn.Module):
 class Coupling(nn.Module):
     """Transforms x_b by what it sees of x_a, half of the numbers each: (batch, channels, height, width) both.
 
-    hidden: channels of the conditioner. components: J logistics in the mixture before the affine map, with means from
-    -spread to spread before training, and log-scales within a limit; with 0 there is the affine map alone.
+    hidden, blocks: channels and residual blocks of the conditioner. components: J logistics in the mixture before the
+    affine map, with means from -spread to spread before training, and logarithms of weights and rates within a limit;
+    with 0 there is the affine map alone.
     """
 
-    def __init__(self, channels: int, hidden: int, components: int, spread: float, log_scale_limit: float):
+    def __init__(self, channels: int, hidden: int, blocks: int, components: int, spread: float, limit: float):
         super().__init__()
-        self.components, self.log_scale_limit = components, log_scale_limit
-        self.outputs = 2 + 3 * components  # for each number
-        last = nn.Conv2d(hidden, channels * self.outputs, 3, padding=1)
+        self.components, self.limit = components, limit
+        self.outputs = 1, 1, 2 * components, components  # for each number
+        last = nn.Conv2d(hidden, channels * sum(self.outputs), 1)
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
         first = nn.Conv2d(channels, hidden, 3, padding=1)
-        self.conditioner = nn.Sequential(first, Residual(hidden), nn.SiLU(), last)
+        self.conditioner = nn.Sequential(first, *(Residual(hidden) for _ in range(blocks)), nn.SiLU(), last)
         self.gain = nn.Parameter(torch.ones(channels, 1, 1))
         means = torch.linspace(-spread, spread, components)  # components alike would stay alike
         self.spread = nn.Parameter(means.view(-1, 1, 1, 1).repeat(1, channels, 1, 1))
 
     def maps(self, x_a: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """What x_a says: log-scale and shift of the affine map, (batch, channels, height, width) each, and logits,
-        means, log-scales of the mixture, (batch, J, channels, height, width) each."""
+        """What x_a says: log-scale and shift of the affine map, (batch, channels, height, width) each, and
+        weights, means, rates of the mixture, (batch, J, channels, height, width) each."""
         x_a = x_a.contiguous(memory_format=torch.channels_last)
-        out = self.conditioner(x_a).contiguous().unflatten(1, (self.outputs, -1))
-        logits, mu, log_s = out[:, 2:].chunk(3, dim=1)
-        mixture = logits, mu + self.spread, log_s.clamp(-self.log_scale_limit, self.log_scale_limit)
-        return self.gain * torch.tanh(out[:, 0]), out[:, 1], mixture
+        out = self.conditioner(x_a).contiguous().unflatten(1, (-1, x_a.shape[1]))
+        log_scale, shift, logs, mu = out.split(self.outputs, 1)
+        weight, rate = torch.exp(F.hardtanh(logs, -self.limit, self.limit)).chunk(2, 1)
+        return self.gain * torch.tanh(log_scale.squeeze(1)), shift.squeeze(1), (weight, mu + self.spread, rate)
 
     def forward(self, x_a: Tensor, x_b: Tensor) -> tuple[Tensor, Tensor]:
         """The transformed x_b, and the coupling's ladj, log |det| of its Jacobian, (batch,), eq:coupling."""
@@ -152,6 +167,39 @@ class Coupling(nn.Module):
         log_scale, shift, mixture = self.maps(x_a)
         x_b = (z_b - shift) * torch.exp(-log_scale)
         return invert_mixture(x_b, *mixture) if self.components else x_b
+
+
+class Dequantiser(nn.Module):
+    """q(u|x), the distribution of the noise given the image (Ho et al. 2019), eq:variational.
+
+    Each pixel's u is the sigmoid of a logistic number, scaled and shifted by what a network sees of the whole image. It
+    starts as uniform noise. hidden: channels of the network.
+    """
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        last = nn.Conv2d(hidden, 8, 3, padding=1)  # a log-scale and a shift for each pixel of a 2 x 2 block
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        first = nn.Conv2d(4, hidden, 3, padding=1)
+        self.network = nn.Sequential(first, Residual(hidden), nn.SiLU(), last)
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Grey values and uniform noise, (batch, side, side) each, to u in (0, 1), as large, and log q, (batch,)."""
+        blocks = F.pixel_unshuffle(images.unsqueeze(1) / 128 - 1, 2)
+        out = self.network(blocks.contiguous(memory_format=torch.channels_last))
+        log_scale, shift = F.pixel_shuffle(out.contiguous(), 2).unbind(1)
+        log_scale = 2 * torch.tanh(log_scale)
+        logistic = torch.logit(noise.clamp(2**-25, 1 - 2**-24))  # finite
+        y = logistic * torch.exp(log_scale) + shift
+        # log du/dy = log u (1 - u), and log dy/dnoise is the scale's share less log noise (1 - noise)
+        ladj = log_scale + log_sigmoid_slope(y) - log_sigmoid_slope(logistic)
+        return torch.sigmoid(y), -ladj.flatten(1).sum(1)
+
+
+def log_sigmoid_slope(y: Tensor) -> Tensor:
+    """log of the sigmoid's derivative, sigmoid(y) sigmoid(-y), of any shape."""
+    return F.logsigmoid(y) + F.logsigmoid(-y)
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,14 +226,17 @@ class Flow(nn.Module):
     """The chain of couplings between images with values in [0, 256] and z, eq:chain.
 
     levels: of the checkerboard, each with half as many numbers as the one before; couplings: on each level; shrink: the
-    a of eq:logit; settings: of every `Coupling`.
+    a of eq:logit; hidden: of the networks; learned: whether the noise that dequantises images is; settings: of every
+    `Coupling`.
     """
 
-    def __init__(self, levels: int, couplings: int, shrink: float, **settings: float):
+    def __init__(self, levels: int, couplings: int, shrink: float, hidden: int, learned: bool, **settings: float):
         super().__init__()
         self.shrink = shrink
+        self.dequantiser = Dequantiser(hidden) if learned else None
         self.levels = nn.ModuleList(
-            nn.ModuleList(Coupling(2 - level % 2, **settings) for _ in range(couplings)) for level in range(levels)
+            nn.ModuleList(Coupling(2 - level % 2, hidden, **settings) for _ in range(couplings))
+            for level in range(levels)
         )
         self.to(memory_format=torch.channels_last)  # on a CPU, convolutions are faster on it
 
@@ -218,8 +269,8 @@ class Flow(nn.Module):
 
 def build(config: dict) -> Flow:
     """The model of a run's config, untrained."""
-    names = ("levels", "couplings", "shrink", "hidden", "components", "spread", "log_scale_limit")
-    return Flow(**{name: config[name] for name in names})
+    names = ("levels", "couplings", "shrink", "hidden", "blocks", "components", "spread", "limit")
+    return Flow(learned=config["noise"] == "learned", **{name: config[name] for name in names})
 
 
 # Objective
@@ -234,6 +285,25 @@ def log_prob(model: Flow, v: Tensor) -> Tensor:
     return ladj - 0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
 
 
+def dequantise(model: Flow, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """v = x + u in [0, 256], and log q(u|x), eq:variational: (batch, side, side) and (batch,).
+
+    images: grey values 0 to 255; noise: uniform in [0, 1), both (batch, side, side). Where none is learned, u is the
+    noise itself, whose log-density is 0.
+    """
+    images = images.to(noise.dtype)
+    if model.dequantiser is None:
+        return images + noise, noise.new_zeros(len(noise))
+    u, log_q = model.dequantiser(images, noise)
+    return images + u, log_q
+
+
+def bound(model: Flow, images: Tensor, noise: Tensor) -> Tensor:
+    """log p(x + u) - log q(u|x) at one draw of u, (batch,), in nats: its mean is at most log P(x), eq:variational."""
+    v, log_q = dequantise(model, images, noise)
+    return log_prob(model, v) - log_q
+
+
 def bits_per_dim(log_px: Tensor, dimensions: int = mnist.PIXELS) -> Tensor:
     """-log p / (d log 2), eq:bpd, of any shape: a uniform density on [0, 256)^d gives 8."""
     return -log_px / (dimensions * math.log(2))
@@ -242,10 +312,9 @@ def bits_per_dim(log_px: Tensor, dimensions: int = mnist.PIXELS) -> Tensor:
 # Training
 
 
-def draw_batch(images: Tensor, index: Tensor) -> Tensor:
-    """images[index], dequantised by fresh uniform noise: (batch, 28, 28) with values in [0, 256]."""
-    pixels = images.index_select(0, index)
-    return dequantised(pixels, torch.rand(pixels.shape, device=images.device))
+def draw_batch(images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """images[index], uint8, and fresh uniform noise for their pixels: (batch, 28, 28) both."""
+    return images.index_select(0, index), torch.rand(len(index), *images.shape[1:], device=images.device)
 
 
 def training_step(model: Flow, optimizer: Optimizer, images: Tensor, index: Tensor, clip: float) -> tuple[Tensor, ...]:
@@ -253,7 +322,7 @@ def training_step(model: Flow, optimizer: Optimizer, images: Tensor, index: Tens
 
     Returns those bits and the gradient's norm before it is clipped, (), detached. Nothing here waits for the device.
     """
-    loss = bits_per_dim(log_prob(model, draw_batch(images, index))).mean()
+    loss = bits_per_dim(bound(model, *draw_batch(images, index))).mean()
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -283,55 +352,56 @@ def train(run: Run, model: Flow, data: mnist.Data) -> None:
                 training.set_lr(optimizer, args.lr * training.warmup_cosine(step, args.epochs * steps, args.warmup))
                 losses[step % steps], norms[step % steps] = take_step(index)
                 if step == steps // 4:  # only in epoch 1, as steps are counted over the whole run
-                    figures = {"early_val_bpd": mean_bpd(model, validation_set), "early_seconds": run.elapsed}
+                    figures = {"early_val_bpd": mean_bpd(model, *validation_set), "early_seconds": run.elapsed}
             training.check_finite(epoch, gradient_norm=norms, loss=losses)
             figures["gradient_norm"] = float(norms.max())
         if run.follows:
             continue
         if epoch in run.panels(0, 0.25, 0.5, 0.75, 1):
             run.frames[epoch] = panel(model).cpu()
-        run.record(epoch, train_bpd=mean_bpd(model, train_set), val_bpd=mean_bpd(model, validation_set), **figures)
+        train_bpd, val_bpd = (mean_bpd(model, *each) for each in (train_set, validation_set))
+        run.record(epoch, train_bpd=train_bpd, val_bpd=val_bpd, **figures)
 
 
 # Evaluation
 
 
-def evaluation_set(images: Tensor, label: str) -> Tensor:
-    """Images (n, 28, 28) uint8 plus noise that is a function of `label` and the image's index: (n, 28, 28)."""
-    return dequantised(images, torch.rand(images.shape, generator=fixed_generator(f"noise, {label}")).to(images.device))
+def evaluation_set(images: Tensor, label: str) -> tuple[Tensor, Tensor]:
+    """Images (n, 28, 28) uint8, and uniform noise that is a function of `label` and the image's index, as large."""
+    return images, torch.rand(images.shape, generator=fixed_generator(f"noise, {label}")).to(images.device)
 
 
 @torch.inference_mode()
-def per_image_log_prob(model: Flow, v: Tensor, batch: int = EVALUATION_BATCH) -> Tensor:
-    """`log_prob` of any number of images, in batches: (n,) in float64, on the CPU."""
-    return torch.cat([log_prob(model, part) for part in v.split(batch)]).cpu().double()
+def per_image_bound(model: Flow, images: Tensor, noise: Tensor, batch: int = EVALUATION_BATCH) -> Tensor:
+    """`bound` of any number of images, in batches: (n,) in float64, on the CPU."""
+    return torch.cat([bound(model, *each) for each in zip(images.split(batch), noise.split(batch))]).cpu().double()
 
 
-def mean_bpd(model: Flow, v: Tensor) -> float:
-    """Bits per dimension of images (n, 28, 28) with values in [0, 256], over all their pixels."""
-    return float(bits_per_dim(per_image_log_prob(model, v)).mean())
+def mean_bpd(model: Flow, images: Tensor, noise: Tensor) -> float:
+    """Bits per dimension of images (n, 28, 28) uint8 at one draw of the noise each, over all their pixels."""
+    return float(bits_per_dim(per_image_bound(model, images, noise)).mean())
 
 
 def importance_weighted_bpd(
     model: Flow, images: Tensor, label: str, draws: int, unfinished: Path | None = None
 ) -> Tensor:
-    """Bits per dimension from log mean_k p(x + u_k), eq:dequantisation, over `draws` draws of the noise.
+    """Bits per dimension from log mean_k p(x + u_k) / q(u_k|x), eq:variational, over `draws` draws of the noise.
 
     Images (n, 28, 28) uint8 to (n,) in float64, on the CPU. It falls with the draws to the bits of the discrete P(x).
     unfinished: as in `experiment.log_mean_exp`.
     """
 
-    def log_p(k: int) -> Tensor:
-        return per_image_log_prob(model, evaluation_set(images, f"{label}, importance sample {k}"))
+    def log_weight(k: int) -> Tensor:
+        return per_image_bound(model, *evaluation_set(images, f"{label}, importance sample {k}"))
 
-    return bits_per_dim(log_mean_exp(log_p, draws, unfinished))
+    return bits_per_dim(log_mean_exp(log_weight, draws, unfinished))
 
 
 def evaluate(run: Run, model: Flow, data: mnist.Data) -> dict:
-    """The `result` of a trained model, on the test set; the judge's verdict is on samples."""
+    """The `result` of a trained model, on the test set; the judge's verdicts are on samples, at 1 and TEMPERATURES."""
     draws = run.args.importance_samples
     result = {
-        "test_bpd": mean_bpd(model, evaluation_set(data.test_images, "test")),
+        "test_bpd": mean_bpd(model, *evaluation_set(data.test_images, "test")),
         "test_bpd_iw": float(
             importance_weighted_bpd(model, data.test_images, "test", draws, run.unfinished(model)).mean()
         ),
@@ -339,14 +409,16 @@ def evaluate(run: Run, model: Flow, data: mnist.Data) -> dict:
         "seconds_per_1000_samples": seconds_per_1000(lambda n: sample(model, n), run.device),
     }
     if judged_by := judge.find(run, data):
+        verdicts = {t: judge.verdict(judged_by, sample(model, judge.JUDGED, t), data.test_images) for t in TEMPERATURES}
         result |= judge.verdict(judged_by, sample(model, judge.JUDGED), data.test_images)
+        result["at_temperature"] = {str(t): verdict for t, verdict in verdicts.items()}
     return result
 
 
 @torch.inference_mode()
-def sample(model: Flow, n: int) -> Tensor:
-    """Images of n latents of the prior: (n, 28, 28) uint8, of the same latents in every call."""
-    z = fixed_normal("samples", n, mnist.PIXELS).to(next(model.parameters()).device)
+def sample(model: Flow, n: int, temperature: float = 1.0) -> Tensor:
+    """Images of n latents of N(0, temperature^2 I), of the prior at 1: (n, 28, 28) uint8, the same in every call."""
+    z = temperature * fixed_normal("samples", n, mnist.PIXELS).to(next(model.parameters()).device)
     return torch.cat([decoded(model, part) for part in cli.progress(z.split(EVALUATION_BATCH), "samples")])
 
 
@@ -374,7 +446,8 @@ def draw(run: Run, model: Flow, data: mnist.Data) -> None:
     pictures.save_training_curves(run.figure("bpd"), run.history, keys, "bits", title, legend="upper right")
     for epoch, images in {**run.frames, run.args.epochs: panel(model)}.items():
         pictures.save_grid(run.figure(f"samples_{run.stamp(epoch)}"), images, columns=4)
-    ends = (model(evaluation_set(images, "interpolation"))[0] for images in different_pairs(data))
+    pairs = (dequantise(model, *evaluation_set(images, "interpolation"))[0] for images in different_pairs(data))
+    ends = (model(v)[0] for v in pairs)
     path = training.slerp(*ends, POINTS).flatten(0, 1)
     pictures.save_grid(run.figure("interpolation"), decoded(model, path), columns=POINTS)
 
@@ -396,18 +469,21 @@ def different_pairs(data: mnist.Data) -> tuple[Tensor, Tensor]:
 
 def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
-    parser = cli.Parser(__doc__)
-    cli.add_flags(parser, epochs=40, batch_size=48, lr=3e-3, betas=(0.9, 0.99))
+    parser = cli.Parser(__doc__, BEST)
+    cli.add_flags(parser, epochs=40, batch_size=96, lr=8e-3, betas=(0.9, 0.99))
     count, share, size = cli.positive_int, cli.fraction, cli.positive_float
     parser.add_argument("--levels", type=count, choices=range(1, 5), default=4, metavar="N", help="of the checkerboard")
     parser.add_argument("--couplings", type=cli.layers, default=3, metavar="N", help="on each level")
     parser.add_argument("--hidden", type=count, default=32, metavar="N", help="channels of the conditioners")
-    parser.add_argument("--components", type=cli.nonnegative_int, default=4, metavar="J", help="logistics; 0: none")
+    parser.add_argument("--blocks", type=count, default=2, metavar="N", help="residual blocks of the conditioners")
+    parser.add_argument("--components", type=cli.nonnegative_int, default=8, metavar="J", help="logistics; 0: none")
+    parser.add_argument("--noise", choices=("learned", "uniform"), default="learned", help="that dequantises images")
     parser.add_argument("--shrink", type=share, default=1e-5, metavar="X", help="of pixels: a of eq:logit")
     parser.add_argument("--spread", type=size, default=4.0, metavar="X", help="of a mixture's means at the start")
-    parser.add_argument("--log-scale-limit", type=size, default=7.0, metavar="X", help="of a logistic, either way")
+    parser.add_argument("--limit", type=size, default=7.0, metavar="X", help="of log-weights and log-rates")
     parser.add_argument("--clip", type=size, default=100.0, metavar="X", help="greatest norm of a gradient")
     parser.add_argument("--warmup", type=share, default=0.05, metavar="X", help="share of steps until the peak")
+    parser.add_argument("--temperature", type=size, default=1.0, metavar="T", help="with --sample: z of N(0, T^2 I)")
     parser.add_argument("--importance-samples", type=count, default=8, metavar="K", help="per image")
     return parser
 
@@ -417,13 +493,13 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --evaluate or --sample use what was trained."""
     parser = flags()
     args = parser.parse_args(argv)
-    run = Run("nf", parser, args, evaluation=("importance_samples",))
+    run = Run("nf_best" if args.best else "nf", parser, args, evaluation=("importance_samples",))
     torch.manual_seed(args.seed)
     model = build(run.config).to(run.device)
     if args.evaluate or args.sample:
         run.load(model)
     if args.sample:
-        save_samples(run.figure("samples.npz"), sample(model, args.sample))
+        save_samples(run.figure("samples.npz"), sample(model, args.sample, args.temperature))
         return
     data = mnist.load(args.dataset, args.data_dir, run.device)
     if not args.evaluate:

@@ -24,7 +24,7 @@ import explorer
 import nf
 import training
 import vae
-from conftest import ROOT
+from conftest import ROOT, built
 
 HTML = ROOT / "docs" / "explorer.html"
 SAME_NUMBERS = "let seed = 1; Math.random = () => (seed = (16807 * seed) % 2147483647) / 2147483647"  # in every run
@@ -255,7 +255,7 @@ def test_models_agree_with_pytorch(browser, models, data):
             "elbo",
         ): f"((x) => elbo(models.vae_best, x, encode(models.vae_best, x), models.facts.draws))({seen})",
         ("gan", "share"): "sigmoid(discriminate(models.gan, image))",
-        ("nf", "bits"): "bitsPerDim(logProb(models.nf, dequantised(image, models.facts.noise)), 784)",
+        ("nf", "bits"): "bitsPerDim(bound(models.nf, image, models.facts.noise), 784)",
         ("judge", "share"): "[...classify(models.judge, image)]",
     }
     dimensions = {"vae_z2": 2, "vae_best": models["vae_best"].z_dim, "gan": models["gan"].z_dim, "nf": 784}
@@ -278,18 +278,17 @@ def test_models_agree_with_pytorch(browser, models, data):
 
 def test_the_flow_is_inverted(browser, data):
     images = data.test_images[:4].flatten(1).tolist()
-    z = "forward(models.nf, dequantised(image, image.map(() => 0.5))).z"
+    z = "forward(models.nf, image.map((grey) => grey + 0.5)).z"
     found = torch.tensor(evaluate(browser, f"given[0].map((image) => [...inverse(models.nf, {z})])", images))
     assert (found - 0.5 - torch.tensor(images)).abs().max() < 1e-3
 
 
 def test_a_mixture_far_out(browser):
-    """Where F or 1 - F is below the least float: logarithms as in nf.py, and the inverse of both."""
+    """As in nf.py, also where the mixture's own logistics underflow, and the inverse."""
     x = [-300.0, -20.0, 0.3, 40.0, 300.0]
-    logits, mu, log_s = [0.3, -1.0, 0.2], [-1.0, 0.5, 2.0], [-2.0, 0.0, -1.5]
-    shaped = [torch.tensor(each, dtype=torch.float64).view(1, 3, 1).expand(1, 3, 5) for each in (logits, mu, log_s)]
+    mixture = {"weight": [1.3, 0.4, 1.2], "mu": [-1.0, 0.5, 2.0], "rate": [7.0, 1.0, 4.5]}
+    shaped = [torch.tensor(each, dtype=torch.float64).view(1, 3, 1).expand(1, 3, 5) for each in mixture.values()]
     z, ladj = nf.mixture_logit(torch.tensor([x], dtype=torch.float64), *shaped)
-    mixture = {"logPi": torch.tensor(logits, dtype=torch.float64).log_softmax(0).tolist(), "mu": mu, "logS": log_s}
     found = evaluate(browser, "given[0].map((x) => mixtureLogit(x, given[1]))", x, mixture)
     for each, expected in (("z", z), ("ladj", ladj)):
         assert torch.tensor([f[each] for f in found]).double() == pytest.approx(expected[0], rel=1e-6)
@@ -297,6 +296,28 @@ def test_a_mixture_far_out(browser):
     assert back == pytest.approx(x, rel=1e-9)
     lost = "(() => { try { return invertMixture(NaN, given[0]); } catch (error) { return error.message; } })()"
     assert evaluate(browser, lost, mixture) == "the inverse of a mixture did not converge"
+
+
+@torch.no_grad()
+def test_a_mixtures_logarithms_have_a_limit(browser):
+    """As in nf.py, where the network's outputs, which are its last biases, lie beyond it."""
+    part = nf.Coupling(1, hidden=2, blocks=1, components=2, spread=1.0, limit=2.0).double()
+    part.conditioner[-1].bias.copy_(torch.tensor([0.3, -0.2, 9.0, -0.5, -9.0, 0.4, 0.5, -1.0]))
+    x_a, x_b = torch.tensor([0.7, 0.4], dtype=torch.float64).view(2, 1, 1, 1, 1)
+    z_b, ladj = part(x_a, x_b)
+    script = "(({zB, ladj}) => [...zB, ladj])(couplingForward(given[0], [given[1]], [given[2]], 1))"
+    found = evaluate(browser, script, plain(explorer.coupling(part)), float(x_a), float(x_b))
+    assert found == pytest.approx([float(z_b), float(ladj)], rel=1e-9)
+
+
+@torch.no_grad()
+def test_a_flow_with_uniform_noise(browser, data):
+    """A small one, untrained: its bits of a test image are PyTorch's."""
+    flow = built(nf, "--noise", "uniform", "--hidden", 3, "--levels", 2, "--couplings", 1, "--components", 2).double()
+    image = data.test_images[:1]
+    given = plain(explorer.content(flow)), image.flatten().tolist(), explorer.noise().tolist()
+    bits = evaluate(browser, "bitsPerDim(bound(...given), 784)", *given)
+    assert bits == pytest.approx(float(explorer.bits_per_dim(flow, image)), rel=1e-9)
 
 
 @torch.no_grad()

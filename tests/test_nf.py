@@ -15,7 +15,7 @@ from cli import RunError
 from conftest import COSTS, ROOT, SMALL, VERDICT, built, contents, result_of
 
 SHRINK, LIMIT = 1e-5, 7.0  # as the report has them: of pixels before the logit; of log-scales
-COUPLING = {"hidden": 5, "spread": 4.0, "log_scale_limit": LIMIT}
+COUPLING = {"hidden": 5, "blocks": 1, "spread": 4.0, "limit": LIMIT}
 MAPS = pytest.mark.parametrize("components", [0, 4], ids=["affine", "mixture"])
 
 
@@ -41,14 +41,15 @@ def small(components: int) -> nf.Flow:
 
 
 def mixture(shape=(5, 3, 2, 2), components: int = 4, seed: int = 1) -> tuple[torch.Tensor, ...]:
-    """x, logits, mu, log_s in float64."""
+    """x, weight, mu, rate in float64."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size, by):
         return by * torch.randn(*size, generator=generator, dtype=torch.float64)
 
     batch, *rest = shape
-    return normal(*shape, by=4), *(normal(batch, components, *rest, by=by) for by in (1.0, 3.0, 1.0))
+    log_weight, mu, log_rate = (normal(batch, components, *rest, by=by) for by in (1.0, 3.0, 1.0))
+    return normal(*shape, by=4), log_weight.exp(), mu, log_rate.exp()
 
 
 @MAPS
@@ -86,9 +87,11 @@ def test_an_affine_coupling_starts_as_the_identity():
 def test_mixture_is_the_formula():
     """Value, ladj and the gradients of both, against the plain formula and autograd's derivative of it."""
     arguments = [each.requires_grad_() for each in mixture()]
-    x, logits, mu, log_s = arguments
-    u = (x.unsqueeze(1) - mu) / log_s.exp()
-    share = torch.softmax(logits, 1)
+    x, weight, mu, rate = arguments
+    floor_weight, floor_rate = nf.FLOOR  # one more component
+    u = torch.cat(((x.unsqueeze(1) - mu) * rate, floor_rate * x.unsqueeze(1)), 1)
+    share = torch.cat((weight, torch.full_like(x, floor_weight).unsqueeze(1)), 1)
+    share = share / share.sum(1, keepdim=True)
     below, above = (share * torch.sigmoid(u)).sum(1), (share * torch.sigmoid(-u)).sum(1)
     plain = torch.log(below) - torch.log(above)
     (slope,) = torch.autograd.grad(plain.sum(), x, create_graph=True)
@@ -103,8 +106,8 @@ def test_mixture_is_the_formula():
 
 
 def test_mixtures_gradient_is_finite_far_out():
-    _, logits, mu, log_s = mixture((200, 3), seed=3)
-    parameters = [logits, mu, LIMIT * torch.sign(log_s)]
+    _, weight, mu, rate = mixture((200, 3), seed=3)
+    parameters = [weight, mu, torch.exp(LIMIT * torch.sign(rate - 1))]
     x = torch.full((200, 3), 100.0)
     x[::2] *= -1
     arguments = [each.float().requires_grad_() for each in (x, *parameters)]
@@ -131,12 +134,12 @@ def test_mixtures_inverse_undoes_it(dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 80.0])
 def test_mixtures_inverse_is_found_for_extreme_inputs(dtype, size):
     """Far means, scales at both of their limits, components of next to no weight: the inverse's image is z again,
     or z lies between the images of the neighbouring floats."""
-    _, logits, mu, log_s = mixture((2000, 3), seed=3)
-    parameters = [each.to(dtype) for each in (10 * logits, 10 * mu, LIMIT * torch.sign(log_s))]
+    _, weight, mu, rate = mixture((2000, 3), seed=3)
+    parameters = [each.to(dtype) for each in (weight**10, 10 * mu, torch.exp(LIMIT * torch.sign(rate - 1)))]
     z = torch.full((2000, 3), size, dtype=dtype)
     z[::2] *= -1
     x = nf.invert_mixture(z, *parameters)
@@ -145,6 +148,14 @@ def test_mixtures_inverse_is_found_for_extreme_inputs(dtype, size):
     below, there, above = (nf.mixture_logit(each, *parameters)[0] for each in (x - near, x, x + near))
     close = (there - z).abs() <= 16 * torch.finfo(dtype).eps * (1 + z.abs())
     assert (close | ((below <= z) & (z <= above))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_mixtures_inverse_is_finite_beyond_what_its_sums_can_hold(dtype):
+    """exp(-z) is 0 there; the number found is no nearer than that of the greatest z that they hold."""
+    _, *parameters = (each.to(dtype) for each in mixture((2000, 3), seed=3))
+    near, far = (nf.invert_mixture(torch.full((2000, 3), z, dtype=dtype), *parameters) for z in (80.0, 1e4))
+    assert far.isfinite().all() and (far >= near).all()
 
 
 def test_an_inverse_that_fails_says_so():
@@ -235,16 +246,75 @@ def test_a_uniform_density_has_8_bits():
         assert nf.bits_per_dim(log_p, dimensions).item() == pytest.approx(8, rel=1e-14)
 
 
-def test_dequantisation_bounds_the_discrete_probability_from_below():
-    """`dequantised` under a normal density, whose cells' probabilities are known."""
-    normal = torch.distributions.Normal(3.3, 0.8)
-    cells = torch.arange(8, dtype=torch.float64)
-    exact = torch.log(normal.cdf(cells + 1) - normal.cdf(cells))
-    u = torch.rand(8, 19_200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    log_p = normal.log_prob(nf.dequantised(cells.byte().unsqueeze(1).expand(-1, 19_200), u))
-    assert (log_p.mean(1) < exact).all()
-    gaps = [float((exact - (torch.logsumexp(log_p.view(8, -1, k), 2) - math.log(k)).mean(1)).max()) for k in (1, 8, 64)]
+class Gaussian:
+    """In place of a flow: independent normal pixels, of which the cells' probabilities are known."""
+
+    mean, deviation = 3.3, 0.8
+
+    def __init__(self, dequantiser: nf.Dequantiser | None):
+        self.dequantiser = dequantiser
+
+    def __call__(self, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = (v - self.mean) / self.deviation
+        return z.flatten(1), torch.full((len(v),), -v[0].numel() * math.log(self.deviation))
+
+    def log_probability(self, images: torch.Tensor) -> torch.Tensor:
+        normal = torch.distributions.Normal(self.mean, self.deviation)
+        return torch.log(normal.cdf(images.double() + 1) - normal.cdf(images.double())).flatten(1).sum(1)
+
+
+def dequantiser(by: float = 0.3) -> nf.Dequantiser:
+    torch.manual_seed(0)
+    return perturbed(nf.Dequantiser(5), by=by)
+
+
+@pytest.mark.parametrize("noise", ["uniform", "learned"])
+def test_the_bound_is_below_the_discrete_probability_and_rises_with_draws(noise):
+    model = Gaussian(dequantiser(by=0.1) if noise == "learned" else None)
+    images = torch.tensor([[[1, 2], [3, 4]], [[3, 3], [4, 3]], [[5, 2], [2, 5]]])
+    exact = model.log_probability(images)
+    n = 19_200
+    e = torch.rand(3 * n, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bounds = nf.bound(model, images.repeat_interleave(n, 0), e).detach().view(3, n)
+    assert (bounds.mean(1) < exact).all()
+    gaps = [
+        float((exact - (torch.logsumexp(bounds.view(3, -1, k), 2) - math.log(k)).mean(1)).max()) for k in (1, 8, 64)
+    ]
     assert gaps[0] > 2 * gaps[1] > 4 * gaps[2] > -1e-2
+
+
+def test_learned_noise_has_a_density_that_is_autograds_and_integrates_to_one():
+    """Of one pixel, over its u, the other three of the image held; perturbed, so that it is no uniform density."""
+    model, image = dequantiser(), torch.tensor([[[0.0, 255.0], [77.0, 128.0]]], dtype=torch.float64)
+    noise = torch.tensor([[[0.2, 0.7], [0.4, 0.9]]], dtype=torch.float64)
+    u, log_q = model(image, noise)
+    slopes = torch.autograd.functional.jacobian(lambda each: model(image, each)[0], noise).reshape(4, 4)
+    assert torch.equal(slopes, torch.diag(slopes.diagonal())) and (u > 0).all() and (u < 1).all()
+    assert abs(log_q) > 0.1
+    torch.testing.assert_close(log_q[0], -slopes.diagonal().log().sum(), rtol=0, atol=1e-10)
+    e = torch.linspace(1e-7, 1 - 1e-7, 200_001, dtype=torch.float64)
+    many = noise.repeat(len(e), 1, 1)
+    many[:, 0, 0] = e
+    with torch.inference_mode():
+        u, log_q = model(image.expand(len(e), -1, -1), many)
+    q = torch.exp(log_q + slopes.diagonal()[1:].log().sum())  # less what the other three pixels contribute
+    assert q.max() > 1.1 * q.min()
+    assert torch.trapezoid(q, u[:, 0, 0]).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_learned_noise_starts_uniform_and_is_finite_at_its_ends():
+    flow = built(nf, "--hidden", 5).double()
+    with torch.no_grad():  # perturb all but the dequantiser
+        for parameter in flow.levels.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
+    images = some_images(5)
+    noise = torch.rand(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    learned = nf.bound(flow, images, noise)
+    learner, flow.dequantiser = flow.dequantiser, None
+    torch.testing.assert_close(learned, nf.bound(flow, images, noise), rtol=0, atol=1e-6)
+    learner = perturbed(learner).float()
+    for end in (0.0, 1 - 2**-24):
+        assert all(each.isfinite().all() for each in learner(images.float(), torch.full(images.shape, end)))
 
 
 @MAPS
@@ -269,22 +339,24 @@ def some_images(n: int) -> torch.Tensor:
 
 
 def test_evaluation_does_not_depend_on_the_batch_size():
-    flow, v = small(4), nf.evaluation_set(some_images(23), "test").double()
-    whole = nf.per_image_log_prob(flow, v, batch=23)
+    flow, (images, noise) = small(4), nf.evaluation_set(some_images(23), "test")
+    whole = nf.per_image_bound(flow, images, noise.double(), batch=23)
     for batch in (1, 5, 22):
-        torch.testing.assert_close(nf.per_image_log_prob(flow, v, batch), whole, rtol=1e-10, atol=0)
+        torch.testing.assert_close(nf.per_image_bound(flow, images, noise.double(), batch), whole, rtol=1e-10, atol=0)
 
 
 def test_evaluation_is_on_fixed_noise_of_the_images_index():
-    whole, first, other = (nf.evaluation_set(some_images(n), name) for n, name in ((9, "a"), (4, "a"), (4, "b")))
-    assert torch.equal(whole[:4], first) and torch.equal(first.floor(), some_images(4).float())
+    (images, whole), (_, first), (_, other) = (
+        nf.evaluation_set(some_images(n), name) for n, name in ((9, "a"), (4, "a"), (4, "b"))
+    )
+    assert torch.equal(images, some_images(9)) and torch.equal(whole[:4], first)
     assert not torch.isclose(first, other, rtol=0).all()
 
 
 def test_importance_weights_are_a_log_mean_exp():
     flow = small(4).float()
     sets = [nf.evaluation_set(some_images(7), f"test, importance sample {k}") for k in range(3)]
-    draws = torch.stack([nf.per_image_log_prob(flow, v) for v in sets])
+    draws = torch.stack([nf.per_image_bound(flow, *each) for each in sets])
     ours = nf.importance_weighted_bpd(flow, some_images(7), "test", 3)
     assert not torch.isclose(draws[0], draws[1]).any()
     top = draws.amax(0)
@@ -297,9 +369,26 @@ def test_training_noise_is_fresh_and_uniform():
     images = torch.full((2, 28, 28), 7, dtype=torch.uint8)
     torch.manual_seed(0)
     index = torch.zeros(100, dtype=torch.int64)
-    one, other = nf.draw_batch(images, index), nf.draw_batch(images, index)
-    assert not torch.equal(one, other) and (one >= 7).all() and (one < 8).all()
-    assert abs(one.mean() - 7.5) < 4 * math.sqrt(1 / 12 / one.numel())
+    (pixels, one), (_, other) = nf.draw_batch(images, index), nf.draw_batch(images, index)
+    assert pixels.shape == one.shape and (pixels == 7).all()
+    assert not torch.equal(one, other) and (one >= 0).all() and (one < 1).all()
+    assert abs(one.mean() - 0.5) < 4 * math.sqrt(1 / 12 / one.numel())
+
+
+def test_temperature_scales_the_latents(monkeypatch):
+    seen = []
+    monkeypatch.setattr(nf, "decoded", lambda model, z: seen.append(z) or torch.zeros(len(z), 28, 28))
+    for temperature in (1.0, 0.5):
+        nf.sample(small(0), 9, temperature)
+    torch.testing.assert_close(seen[1], 0.5 * seen[0])
+
+
+def test_samples_are_rounded_down(monkeypatch):
+    """A value v stands for the grey level whose cell [x, x + 1) it lies in."""
+    flow = small(0).float()
+    v = torch.tensor([0.0, 0.4, 0.6, 254.9, 255.0, 255.999, 256.3, -0.2]).repeat(1, 98).view(1, 28, 28)
+    monkeypatch.setattr(flow, "inverse", lambda z: v)
+    assert nf.decoded(flow, torch.zeros(1, 784)).flatten()[:8].tolist() == [0, 0, 0, 254, 255, 255, 255, 0]
 
 
 def test_real_images_survive_the_round_trip_through_the_trained_weights(data):
@@ -309,7 +398,7 @@ def test_real_images_survive_the_round_trip_through_the_trained_weights(data):
     model.load_state_dict(archive["model"])
     images = data.test_images[:20]
     with torch.inference_mode():
-        v = nf.dequantised(images, torch.rand(images.shape, generator=torch.Generator().manual_seed(0)))
+        v, _ = nf.dequantise(model, images, torch.rand(images.shape, generator=torch.Generator().manual_seed(0)))
         again = model.inverse(model(v)[0])
     assert (again - v).abs().max() < 0.5
 
@@ -329,12 +418,18 @@ def test_what_a_run_leaves(finished, tiny, tmp_path, capsys):
     assert first["val_bpd"] > second["early_val_bpd"] > second["val_bpd"]
     assert first["seconds"] < second["early_seconds"] < first["seconds"] + second["seconds"]
     result = content["result"]
-    assert set(result) == {"test_bpd", "test_bpd_iw", "importance_samples"} | COSTS | VERDICT
+    assert set(result) == {"test_bpd", "test_bpd_iw", "importance_samples", "at_temperature"} | COSTS | VERDICT
+    assert {t: set(verdict) for t, verdict in result["at_temperature"].items()} == dict.fromkeys(
+        ("0.7", "0.8", "0.9"), VERDICT
+    )
     assert result["test_bpd_iw"] < result["test_bpd"]
     flags = [*SMALL["nf"], "--out", str(out)]
     assert nf.main([*flags, "--sample", "23"]) == 0
     images = np.load(out / "figures" / "nf_samples.npz")["images"]
     assert images.shape == (23, 28, 28) and images.dtype == np.uint8
+    assert nf.main([*flags, "--sample", "23", "--temperature", "0.5"]) == 0
+    cooler = np.load(out / "figures" / "nf_samples.npz")["images"]
+    assert (cooler != images).any()
     capsys.readouterr()
     assert nf.main([*flags, "--evaluate"]) == 0
     again = json.loads(capsys.readouterr().out)

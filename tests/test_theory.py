@@ -448,19 +448,6 @@ def test_q3_4_stretched_noise_has_its_density():
         assert float((density * u.square()).mean()) == pytest.approx(float(drawn.square().mean()), abs=1e-4)
 
 
-def test_q3_8_temperature(answers, data, monkeypatch):
-    monkeypatch.setattr(theory, "TEMPERATURES", (1.0, 0.5))
-    monkeypatch.setattr(theory, "TEMPERATURE_SAMPLES", 200)
-    spreads = []
-    monkeypatch.setattr(nf, "decoded", lambda flow, z: spreads.append(float(z.std())) or data.test_images[: len(z)])
-    few = dataclasses.replace(data, test_images=data.test_images[:300])
-    answer = theory.q3_8_temperature(None, few, judge.load(torch.device("cpu")))
-    assert spreads == pytest.approx([1, 0.5], rel=0.01)
-    assert answer["at_1"] == answer["at_0.5"] and answer["at_1"]["precision"] == 1
-    assert answer["real"]["fid"] > answer["at_1"]["fid"]
-    assert all(answers["q3_8"][name]["fid"] > answers["q3_8"]["real"]["fid"] for name in ("at_1", "at_0.85", "at_0.7"))
-
-
 def test_q3_8_yardsticks_are_codes(data):
     """Against scipy-free formulas on few images; a file must hold what it is charged for."""
     few = mnist.Data(data.images[:10_300], data.labels[:10_300], data.test_images[:100], data.test_labels[:100], 10_000)
@@ -510,7 +497,7 @@ def test_all_of_it_runs(data, data_dir, tmp_path, coarse, monkeypatch, answers):
         "AUTOENCODER_EPOCHS": 1, "RING_STEPS": 50, "POSTERIOR_IMAGES": 5, "POSTERIOR_DRAWS": 50, "ASCENT_STEPS": 1,
         "CODES": 100, "GRID_POINTS": 60, "AGGREGATE_POINTS": 61, "SIZES": (98, 196, 392, 784), "WINDOW_POINTS": 9,
         "AUTOENCODER_IMAGES": 400, "MODE_POINTS": 61, "WORST": 2, "GAP_IMAGES": 4, "GAP_DRAWS": 20, "FITTING_STEPS": 2,
-        "ENCODER_STEPS": 2, "TEMPERATURE_SAMPLES": 300,
+        "ENCODER_STEPS": 2,
         "DRAWS": 50, "REPEATS": 20, "elbo_by_nodes": functools.partial(theory.elbo_by_nodes, nodes=9),
         "posterior_kl": functools.partial(theory.posterior_kl, points=21),
     }  # fmt: skip

@@ -38,7 +38,7 @@ def main(argv=None):
         parameter.data += 0.01 * torch.randn(parameter.shape)  # couplings begin with zeros
     losses = (
         lambda i: -vae.elbo(models[0], x[i], eps[i], True).mean(),
-        lambda i: nf.bits_per_dim(nf.log_prob(models[1], nf.dequantised(images[i], noise[i]))).mean(),
+        lambda i: nf.bits_per_dim(nf.bound(models[1], images[i], noise[i])).mean(),
         lambda i: gan.discriminator_objective(models[2], gan.scaled(images[i].flatten(1)), z[i])[0],
     )
     for model, loss in zip(models, losses):

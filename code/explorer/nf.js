@@ -1,8 +1,33 @@
 // The flow: functions of code/nf.py by the same names, for one image. Numbers are Float64Arrays; a half of the numbers
 // is (channels, side, side), and side says the size of its grid.
 
-// Grey values plus noise in [0, 1).
-const dequantised = (image, noise) => Float64Array.from(noise, (each, i) => image[i] + each);
+const FLOOR = { weight: 1e-6, rate: 0.1 };
+
+const logSigmoidSlope = (y) => -softplus(y) - softplus(-y);
+
+// Grey values plus u of q(u|x), and log q(u|x), from uniform noise in [0, 1). The network sees 2 x 2 blocks of pixels.
+// Where none is learned, u is the noise itself.
+function dequantise({ dequantiser }, image, noise) {
+  if (!dequantiser) return { v: Float64Array.from(noise, (each, i) => image[i] + each), logQ: 0 };
+  const side = Math.sqrt(image.length), half = side / 2;
+  const at = (i) => {
+    const row = Math.floor(i / side), column = i % side;
+    return ((2 * (row % 2) + (column % 2)) * half + (row >> 1)) * half + (column >> 1);
+  };
+  const blocks = new Float64Array(image.length);
+  for (let i = 0; i < image.length; i++) blocks[at(i)] = image[i] / 128 - 1;
+  const out = run(dequantiser, blocks, half);
+  let logQ = 0;
+  const v = Float64Array.from(noise, (each, i) => {
+    const inside = Math.min(Math.max(each, 2 ** -25), 1 - 2 ** -24);
+    const logistic = Math.log(inside) - Math.log1p(-inside);
+    const logScale = 2 * Math.tanh(out[at(i)]);
+    const y = logistic * Math.exp(logScale) + out[image.length + at(i)];
+    logQ -= logScale + logSigmoidSlope(y) - logSigmoidSlope(logistic);
+    return image[i] + sigmoid(y);
+  });
+  return { v, logQ };
+}
 
 // The logit of p = a/2 + (1 - a) v/256, a = shrink, and the ladj of all numbers together.
 function toLogits(v, shrink) {
@@ -19,40 +44,38 @@ function toLogits(v, shrink) {
 
 const fromLogits = (y, shrink) => y.map((value) => (256 * (sigmoid(value) - shrink / 2)) / (1 - shrink));
 
-function logSumExp(values) {
-  let most = -Infinity, sum = 0;
-  for (const value of values) most = Math.max(most, value);
-  for (const value of values) sum += Math.exp(value - most);
-  return most + Math.log(sum);
-}
-
-// z = logit F(x) with the CDF F of a mixture of logistics, and its ladj, by logarithms.
-function mixtureLogit(x, { logPi, mu, logS }) {
-  const below = [], above = [], density = [];
+// z = logit F(x) with the CDF F of a mixture of logistics, and its ladj.
+function mixtureLogit(x, { weight, mu, rate }) {
+  let below = FLOOR.weight * sigmoid(FLOOR.rate * x), above = FLOOR.weight * sigmoid(-FLOOR.rate * x);
+  let density = (FLOOR.rate * below * above) / FLOOR.weight;
   for (let j = 0; j < mu.length; j++) {
-    const u = (x - mu[j]) * Math.exp(-logS[j]);
-    const plus = softplus(u);
-    below.push(logPi[j] + u - plus);
-    above.push(logPi[j] - plus);
-    density.push(logPi[j] + u - 2 * plus - logS[j]);
+    const u = (x - mu[j]) * rate[j];
+    const left = sigmoid(u), right = sigmoid(-u);
+    below += weight[j] * left;
+    above += weight[j] * right;
+    density += weight[j] * left * right * rate[j];
   }
-  const logBelow = logSumExp(below);
-  const logAbove = logSumExp(above);
-  return { z: logBelow - logAbove, ladj: logSumExp(density) - logBelow - logAbove };
+  const logBelow = Math.log(below), logAbove = Math.log(above);
+  return { z: logBelow - logAbove, ladj: Math.log(density) + Math.log(below + above) - logBelow - logAbove };
 }
 
 // x with logit F(x) = z: Newton's method inside a bracket, a bisection step where it would leave that or is too long.
+// Throws an Error if it has not converged after 300 steps.
 function invertMixture(z, mixture) {
-  const ends = mixture.mu.map((mu, j) => mu + Math.exp(mixture.logS[j]) * z);
-  let low = Math.min(...ends), high = Math.max(...ends);
-  let x = low + (high - low) / 2, length = high - low;
+  const { weight, mu, rate } = mixture;
+  const ends = mu.map((each, j) => each + z / rate[j]);
+  let low = Math.min(...ends, z / FLOOR.rate), high = Math.max(...ends, z / FLOOR.rate);
+  const total = weight.reduce((sum, each) => sum + each, 0);
+  let x = ends.reduce((sum, end, j) => sum + (weight[j] / total) * end, 0), length = high - low;
   for (let step = 0; step < 300; step++) {
     const reached = mixtureLogit(x, mixture);
     if (reached.z < z) low = x;
     if (reached.z > z) high = x;
     const newton = (z - reached.z) * Math.exp(-reached.ladj);
     const close = 1e-12 * (1 + Math.abs(x));
-    if (Math.abs(newton) <= close || high - low <= close || Math.abs(z - reached.z) <= 1e-12 * (1 + Math.abs(z))) return x;
+    if (Math.abs(newton) <= close || high - low <= close || Math.abs(z - reached.z) <= 1e-12 * (1 + Math.abs(z))) {
+      return x;
+    }
     const inside = low < x + newton && x + newton < high && Math.abs(newton) <= length / 2;
     const next = inside ? x + newton : low + (high - low) / 2;
     length = Math.abs(next - x);
@@ -65,16 +88,14 @@ function invertMixture(z, mixture) {
 function maps(coupling, xA, side) {
   const out = run(coupling.conditioner, xA, side);
   const numbers = xA.length, components = coupling.components;
-  const limit = coupling.logScaleLimit;
+  const clamped = (value) => Math.min(Math.max(value, -coupling.limit), coupling.limit);
   return Array.from({ length: numbers }, (_, n) => {
     const channel = Math.floor(n / (side * side)), channels = numbers / (side * side);
     const of = (kind) => Array.from({ length: components }, (_, j) => out[(2 + kind * components + j) * numbers + n]);
-    const logits = of(0);
-    const total = logSumExp(logits);
     const mixture = {
-      logPi: logits.map((logit) => logit - total),
-      mu: of(1).map((mu, j) => mu + coupling.spread[j * channels + channel]),
-      logS: of(2).map((logS) => Math.min(Math.max(logS, -limit), limit)),
+      weight: of(0).map((logWeight) => Math.exp(clamped(logWeight))),
+      rate: of(1).map((logRate) => Math.exp(clamped(logRate))),
+      mu: of(2).map((mu, j) => mu + coupling.spread[j * channels + channel]),
     };
     return { logScale: coupling.gain[channel] * Math.tanh(out[n]), shift: out[numbers + n], mixture };
   });
@@ -165,6 +186,12 @@ function inverse(model, z) {
 function logProb(model, v) {
   const { z, ladj } = forward(model, v);
   return ladj - 0.5 * z.reduce((sum, value) => sum + value * value + Math.log(2 * Math.PI), 0);
+}
+
+// log p(x + u) - log q(u|x) for one image, in nats.
+function bound(model, image, noise) {
+  const { v, logQ } = dequantise(model, image, noise);
+  return logProb(model, v) - logQ;
 }
 
 const bitsPerDim = (logPx, dimensions) => -logPx / (dimensions * Math.log(2));

@@ -14,7 +14,7 @@ const ANSWERS = {
   // Latents of an image: the VAE's, at its posterior mean, and the flow's.
   latents: (models, image) => ({
     vae: priorForward(models.vae_best.prior, encode(models.vae_best, seen(models, image)).mu).u,
-    flow: forward(models.nf, dequantised(image, models.facts.noise)).z,
+    flow: forward(models.nf, dequantise(models.nf, image, models.facts.noise).v).z,
   }),
   // What the quick ones say of an image.
   opinions(models, image) {
@@ -29,7 +29,7 @@ const ANSWERS = {
     };
   },
   bits({ nf, facts }, image) {
-    return bitsPerDim(logProb(nf, dequantised(image, facts.noise)), image.length);
+    return bitsPerDim(bound(nf, image, facts.noise), image.length);
   },
 };
 
