@@ -80,15 +80,26 @@ trial_shift_only := --dropout 0 --shift 2
 TRIALS := as_it_is other_seed beta1_half betas_default beta2_lower not_averaged lr_double lr_half batch_half
 trial_dropout_tenth_100 := $(trial_dropout_tenth)
 trial_shift_only_100 := $(trial_shift_only)
+trial_dropout_tenth_200 := $(trial_dropout_tenth)
+trial_seed1_200 := $(trial_dropout_tenth) --seed 1
+trial_seed2_200 := $(trial_dropout_tenth) --seed 2
+trial_dropout_twentieth_200 := --dropout 0.05
+trial_dropout_fifth_200 := --dropout 0.2
+trial_batch_128_200 := $(trial_dropout_tenth) --batch-size 128
+trial_batch_512_200 := $(trial_dropout_tenth) --batch-size 512
+trial_beta2_higher_200 := $(trial_dropout_tenth) --betas 0 0.9999
+trial_d_twice_200 := $(trial_dropout_tenth) --d-steps 2
 LONG_TRIALS := assignment dropout_tenth dropout_none d_twice shift shift_only
-LONGEST_TRIALS := dropout_tenth_100 shift_only_100
+LONGER_TRIALS := dropout_tenth_100 shift_only_100
+LONGEST_TRIALS := dropout_tenth_200 seed1_200 seed2_200 dropout_twentieth_200 dropout_fifth_200 batch_128_200 batch_512_200 beta2_higher_200 d_twice_200
 
-trials: $(TRIALS:%=trial-%) $(LONG_TRIALS:%=trial-%) $(LONGEST_TRIALS:%=trial-%)  ## train the GAN for 10, 20 or 100 epochs, other settings (figures/trials)
+trials: $(TRIALS:%=trial-%) $(LONG_TRIALS:%=trial-%) $(LONGER_TRIALS:%=trial-%) $(LONGEST_TRIALS:%=trial-%)  ## train the GAN for 10 to 200 epochs, other settings (figures/trials)
 	$(PY) report/collect.py
 
 $(TRIALS:%=trial-%): EPOCHS := 10
 $(LONG_TRIALS:%=trial-%): EPOCHS := 20
-$(LONGEST_TRIALS:%=trial-%): EPOCHS := 100
+$(LONGER_TRIALS:%=trial-%): EPOCHS := 100
+$(LONGEST_TRIALS:%=trial-%): EPOCHS := 200
 trial-%: $(VENV)/filled
 	$(PY) code/gan.py --epochs $(EPOCHS) --dropout 0.3 $(trial_$*) --fresh-epochs 0 --out out/trials/$*
 	mkdir -p figures/trials

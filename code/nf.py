@@ -1,10 +1,11 @@
 """Normalizing flow of MNIST: checkerboard couplings (Dinh et al. 2017) of logistic mixtures (Ho et al. 2019).
 
-Pixels, dequantised by uniform noise, go through the logit and a chain of couplings to a standard normal z = f(v). Each
-coupling sees one colour of a checkerboard and transforms the other, by an increasing map whose derivative is known.
-After each level one colour is finished, and the other is coloured anew.
+Pixels x, dequantised by learned noise, v = x + u, go through the logit and a chain of couplings to a standard normal
+z = f(v). Each coupling sees one colour of a checkerboard and transforms the other, by an increasing map of known
+derivative. After each level one colour is finished, and the other is coloured anew.
 
-    log p(v) = log N(f(v); 0, I) + log |det df/dv|,    bits per dimension = -log p(v) / (784 log 2)    eq:flow, eq:bpd
+    log p(v) = log N(f(v); 0, I) + log |det df/dv|                         eq:flow
+    bits per dimension = -(log p(v) - log q(u|x)) / (784 log 2)             eq:bpd
 
     python code/nf.py    # test 1.044 bits per dimension, 1.034 with 8 draws of the noise; 4224 s
     (seed 0; AMD EPYC, 2 threads, torch 2.15.0+cu132)
@@ -41,12 +42,12 @@ FLOOR = 1e-6, 0.1  # weight and rate of a logistic around 0 that every mixture h
 
 
 def to_logits(v: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-    """The logit of p = a/2 + (1 - a) v/256, a = shrink, eq:logit, and each number's ladj: v (...) to (...) twice.
+    """The logit of r1 = a/2 + (1 - a) v/256, a = shrink, eq:logit, and each number's ladj: v (...) to (...) twice.
 
-    1 - p is computed from 256 - v, not from p, which keeps its digits near 256.
+    r0 = 1 - r1 is computed from 256 - v, not from r1, which keeps its digits near 256.
     """
-    log_p, log_q = (torch.log(shrink / 2 + (1 - shrink) / 256 * part) for part in (v, 256 - v))
-    return log_p - log_q, math.log1p(-shrink) - math.log(256) - log_p - log_q
+    log_r1, log_r0 = (torch.log(shrink / 2 + (1 - shrink) / 256 * part) for part in (v, 256 - v))
+    return log_r1 - log_r0, math.log1p(-shrink) - math.log(256) - log_r1 - log_r0
 
 
 def from_logits(y: Tensor, shrink: float) -> Tensor:
@@ -73,14 +74,14 @@ def mixture_logit(x: Tensor, weight: Tensor, mu: Tensor, rate: Tensor) -> tuple[
     return log_a - log_b, torch.log(c) + torch.log(a + b) - log_a - log_b
 
 
-def invert_mixture(z: Tensor, weight: Tensor, mu: Tensor, rate: Tensor, steps: int = 300) -> Tensor:
+def invert_mixture(z: Tensor, weight: Tensor, mu: Tensor, rate: Tensor) -> Tensor:
     """x with logit F(x) = z: z (batch, ...) to (batch, ...), the mixture as in mixture_logit.
 
-    logit F lies between the least and the greatest u_j, hence x between the least and the greatest of mu_j + s_j z.
+    logit F lies between the least and the greatest u_j, the FLOOR's among them, hence x between those of mu_j + s_j z.
     Newton's method inside that bracket, which every evaluation narrows; a bisection step where Newton's would leave it
     or is more than half as long as the one before. Numbers that have converged are put aside when they are a quarter of
-    those at work. Where the sums underflow, |z| > 87 in float32 and 700 in float64, x is finite and far out. Raises
-    RunError if a number has not converged after `steps`.
+    those at work. Where the sums underflow, for |z| beyond about 80 in float32 and 700 in float64, x is finite and far
+    out. Raises RunError if a number has not converged after 300 steps.
     """
     floor = z / FLOOR[1]
     ends = mu + z.unsqueeze(1) / rate
@@ -90,7 +91,7 @@ def invert_mixture(z: Tensor, weight: Tensor, mu: Tensor, rate: Tensor, steps: i
     mixture = torch.stack((weight, mu, rate)).transpose(1, 2).flatten(2)  # (3, J, n)
     found, places = torch.empty_like(z).flatten(), torch.arange(z.numel(), device=z.device)
     precision = 4 * torch.finfo(z.dtype).eps
-    for _ in range(steps):
+    for _ in range(300):
         target, x, low, high, length = numbers
         reached, ladj = (each[0] for each in mixture_logit(x[None], *mixture[:, None]))
         low, high = torch.where(reached < target, x, low), torch.where(reached > target, x, high)
@@ -172,8 +173,8 @@ class Coupling(nn.Module):
 class Dequantiser(nn.Module):
     """q(u|x), the distribution of the noise given the image (Ho et al. 2019), eq:variational.
 
-    Each pixel's u is the sigmoid of a logistic number, scaled and shifted by what a network sees of the whole image. It
-    starts as uniform noise. hidden: channels of the network.
+    Each pixel's u is the sigmoid of a standard logistic variable, scaled and shifted by a network that sees 14 x 14
+    pixels around its 2 x 2 square. It starts as uniform noise. hidden: channels of the network.
     """
 
     def __init__(self, hidden: int):
@@ -185,14 +186,14 @@ class Dequantiser(nn.Module):
         self.network = nn.Sequential(first, Residual(hidden), nn.SiLU(), last)
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Grey values and uniform noise, (batch, side, side) each, to u in (0, 1), as large, and log q, (batch,)."""
+        """Grey values and uniform noise, (batch, side, side) each, to u in [0, 1], as large, and log q, (batch,)."""
         blocks = F.pixel_unshuffle(images.unsqueeze(1) / 128 - 1, 2)
         out = self.network(blocks.contiguous(memory_format=torch.channels_last))
         log_scale, shift = F.pixel_shuffle(out.contiguous(), 2).unbind(1)
         log_scale = 2 * torch.tanh(log_scale)
         logistic = torch.logit(noise.clamp(2**-25, 1 - 2**-24))  # finite
         y = logistic * torch.exp(log_scale) + shift
-        # log du/dy = log u (1 - u), and log dy/dnoise is the scale's share less log noise (1 - noise)
+        # log du/dy = log u (1 - u), log dy/dnoise = log-scale - log noise (1 - noise); q(u|x) = 1 / (du/dnoise)
         ladj = log_scale + log_sigmoid_slope(y) - log_sigmoid_slope(logistic)
         return torch.sigmoid(y), -ladj.flatten(1).sum(1)
 
@@ -226,8 +227,8 @@ class Flow(nn.Module):
     """The chain of couplings between images with values in [0, 256] and z, eq:chain.
 
     levels: of the checkerboard, each with half as many numbers as the one before; couplings: on each level; shrink: the
-    a of eq:logit; hidden: of the networks; learned: whether the noise that dequantises images is; settings: of every
-    `Coupling`.
+    a of eq:logit; hidden: channels of the networks; learned: whether images are dequantised by a `Dequantiser` and not
+    by uniform noise; settings: `Coupling`'s other arguments.
     """
 
     def __init__(self, levels: int, couplings: int, shrink: float, hidden: int, learned: bool, **settings: float):
@@ -305,7 +306,7 @@ def bound(model: Flow, images: Tensor, noise: Tensor) -> Tensor:
 
 
 def bits_per_dim(log_px: Tensor, dimensions: int = mnist.PIXELS) -> Tensor:
-    """-log p / (d log 2), eq:bpd, of any shape: a uniform density on [0, 256)^d gives 8."""
+    """-log p / (d log 2) of densities or their bounds, eq:bpd, of any shape: a uniform one on [0, 256)^d gives 8."""
     return -log_px / (dimensions * math.log(2))
 
 
@@ -385,7 +386,7 @@ def mean_bpd(model: Flow, images: Tensor, noise: Tensor) -> float:
 def importance_weighted_bpd(
     model: Flow, images: Tensor, label: str, draws: int, unfinished: Path | None = None
 ) -> Tensor:
-    """Bits per dimension from log mean_k p(x + u_k) / q(u_k|x), eq:variational, over `draws` draws of the noise.
+    """Bits per dimension from log mean_k p(x + u_k) / q(u_k|x), eq:iwae, over `draws` draws of the noise.
 
     Images (n, 28, 28) uint8 to (n,) in float64, on the CPU. It falls with the draws to the bits of the discrete P(x).
     unfinished: as in `experiment.log_mean_exp`.
@@ -409,9 +410,11 @@ def evaluate(run: Run, model: Flow, data: mnist.Data) -> dict:
         "seconds_per_1000_samples": seconds_per_1000(lambda n: sample(model, n), run.device),
     }
     if judged_by := judge.find(run, data):
-        verdicts = {t: judge.verdict(judged_by, sample(model, judge.JUDGED, t), data.test_images) for t in TEMPERATURES}
-        result |= judge.verdict(judged_by, sample(model, judge.JUDGED), data.test_images)
-        result["at_temperature"] = {str(t): verdict for t, verdict in verdicts.items()}
+
+        def judged(*temperature: float) -> dict:
+            return judge.verdict(judged_by, sample(model, judge.JUDGED, *temperature), data.test_images)
+
+        result |= judged() | {"at_temperature": {str(t): judged(t) for t in TEMPERATURES}}
     return result
 
 
@@ -446,9 +449,8 @@ def draw(run: Run, model: Flow, data: mnist.Data) -> None:
     pictures.save_training_curves(run.figure("bpd"), run.history, keys, "bits", title, legend="upper right")
     for epoch, images in {**run.frames, run.args.epochs: panel(model)}.items():
         pictures.save_grid(run.figure(f"samples_{run.stamp(epoch)}"), images, columns=4)
-    pairs = (dequantise(model, *evaluation_set(images, "interpolation"))[0] for images in different_pairs(data))
-    ends = (model(v)[0] for v in pairs)
-    path = training.slerp(*ends, POINTS).flatten(0, 1)
+    noisy = (dequantise(model, *evaluation_set(images, "interpolation"))[0] for images in different_pairs(data))
+    path = training.slerp(*(model(v)[0] for v in noisy), POINTS).flatten(0, 1)
     pictures.save_grid(run.figure("interpolation"), decoded(model, path), columns=POINTS)
 
 
@@ -474,10 +476,10 @@ def flags() -> cli.Parser:
     count, share, size = cli.positive_int, cli.fraction, cli.positive_float
     parser.add_argument("--levels", type=count, choices=range(1, 5), default=4, metavar="N", help="of the checkerboard")
     parser.add_argument("--couplings", type=cli.layers, default=3, metavar="N", help="on each level")
-    parser.add_argument("--hidden", type=count, default=32, metavar="N", help="channels of the conditioners")
+    parser.add_argument("--hidden", type=count, default=32, metavar="N", help="channels of the networks")
     parser.add_argument("--blocks", type=count, default=2, metavar="N", help="residual blocks of the conditioners")
     parser.add_argument("--components", type=cli.nonnegative_int, default=8, metavar="J", help="logistics; 0: none")
-    parser.add_argument("--noise", choices=("learned", "uniform"), default="learned", help="that dequantises images")
+    parser.add_argument("--noise", choices=("learned", "uniform"), default="learned", help="what dequantises images")
     parser.add_argument("--shrink", type=share, default=1e-5, metavar="X", help="of pixels: a of eq:logit")
     parser.add_argument("--spread", type=size, default=4.0, metavar="X", help="of a mixture's means at the start")
     parser.add_argument("--limit", type=size, default=7.0, metavar="X", help="of log-weights and log-rates")
@@ -493,6 +495,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --evaluate or --sample use what was trained."""
     parser = flags()
     args = parser.parse_args(argv)
+    if args.temperature != 1 and not args.sample:
+        raise cli.UserError("--temperature is that of samples: add --sample N")
     run = Run("nf_best" if args.best else "nf", parser, args, evaluation=("importance_samples",))
     torch.manual_seed(args.seed)
     model = build(run.config).to(run.device)

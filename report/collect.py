@@ -256,7 +256,7 @@ def results_table(results: dict[str, dict]) -> str:
 
 def likelihood(content: dict) -> str:
     """A model's likelihood on the test set, in its own unit."""
-    units = {"test_bpd": (3, "bits/dim"), "test_nll_quadrature": (2, "nats"), "test_nll": (2, "nats")}
+    units = {"test_bpd_iw": (3, "bits/dim"), "test_nll_quadrature": (2, "nats"), "test_nll": (2, "nats")}
     for key, (decimals, unit) in units.items():
         if key in content["result"]:
             return f"{spread(content, key, decimals)} {unit}"
@@ -284,8 +284,8 @@ def remarks(results: dict[str, dict]) -> list[str]:
         f"Test ELBO {spread(z20, 'test_elbo', 2)}, {spread(z2, 'test_elbo', 2)}, "
         f"{spread(best, 'test_elbo', 2)}; validation ELBO {spread(z20, 'val_elbo', 2)}, {spread(z2, 'val_elbo', 2)}, "
         f"{spread(best, 'val_elbo', 2)}.",
-        f"Bits per dimension of the 8-bit grey values, one draw of the noise; {flow['test_bpd_iw']:.3f} with "
-        f"{flow['importance_samples']} draws. Bits of grey values and nats of binary ones cannot be compared.",
+        f"Bits per dimension of the 8-bit grey values, {flow['importance_samples']} draws of the noise; with one "
+        f"{spread(results['nf'], 'test_bpd', 3)}. Bits of grey values and nats of binary ones cannot be compared.",
         "Frechet distance, precision and recall are of 10,000 samples (the VAE's: decoder means) against the test "
         "images, by `code/judge.py`, and can be compared only with values from the same judge. Real images: mean and "
         f"range of {results['judge']['floor']['count']} random draws of 10,000 training images.",

@@ -14,7 +14,7 @@ import nf
 from cli import RunError
 from conftest import COSTS, ROOT, SMALL, VERDICT, built, contents, result_of
 
-SHRINK, LIMIT = 1e-5, 7.0  # as the report has them: of pixels before the logit; of log-scales
+SHRINK, LIMIT = 1e-5, 7.0  # as the report has them: of pixels before the logit; of log-weights and log-rates
 COUPLING = {"hidden": 5, "blocks": 1, "spread": 4.0, "limit": LIMIT}
 MAPS = pytest.mark.parametrize("components", [0, 4], ids=["affine", "mixture"])
 
@@ -430,6 +430,7 @@ def test_what_a_run_leaves(finished, tiny, tmp_path, capsys):
     assert nf.main([*flags, "--sample", "23", "--temperature", "0.5"]) == 0
     cooler = np.load(out / "figures" / "nf_samples.npz")["images"]
     assert (cooler != images).any()
+    assert nf.main([*flags, "--temperature", "0.5"]) == 2  # of no samples
     capsys.readouterr()
     assert nf.main([*flags, "--evaluate"]) == 0
     again = json.loads(capsys.readouterr().out)
@@ -462,6 +463,7 @@ def test_the_gradient_is_clipped():
     _, norm = nf.training_step(model, optimizer, images, torch.arange(4), clip=1e-3)
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters())]).norm()
     assert norm > 1e-2 and moved.item() == pytest.approx(1e-3, rel=1e-3)
+    assert all(parameter.grad.any() for parameter in model.parameters())  # the noise's network among them
 
 
 def test_pairs_are_of_different_classes(tiny):

@@ -34,10 +34,10 @@ function toLogits(v, shrink) {
   const constant = Math.log1p(-shrink) - Math.log(256);
   let ladj = 0;
   const y = v.map((value) => {
-    const logP = Math.log(shrink / 2 + ((1 - shrink) / 256) * value);
-    const logQ = Math.log(shrink / 2 + ((1 - shrink) / 256) * (256 - value));
-    ladj += constant - logP - logQ;
-    return logP - logQ;
+    const logR1 = Math.log(shrink / 2 + ((1 - shrink) / 256) * value);
+    const logR0 = Math.log(shrink / 2 + ((1 - shrink) / 256) * (256 - value));
+    ladj += constant - logR1 - logR0;
+    return logR1 - logR0;
   });
   return { y, ladj };
 }
