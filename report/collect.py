@@ -41,7 +41,7 @@ NAMES = {
     "vae_z20": "VAE, z of 20", "vae_z2": "VAE, z of 2", "vae_best": "VAE, flow prior", "gan": "GAN", "nf": "flow"
 }  # fmt: skip
 
-VARIANTS = {  # run -> what stands below it in README's table: other run, what differs, its command
+VARIANTS = {  # run -> what stands below it in README's table, if it was run: other run, what differs, its command
     "nf": [
         ("nf_uniform", "flow, uniform noise", "code/nf.py --noise uniform --epochs 43"),
         ("nf_affine", "flow, affine maps alone", "code/nf.py --components 0 --epochs 46"),
@@ -243,11 +243,13 @@ def results_table(results: dict[str, dict]) -> str:
     rows = []
     commands = {run: command for of_script in COMMANDS.values() for run, command in of_script.items()}
     for own in commands:
-        for run, name, command in ((own, NAMES[own], commands[own]), *VARIANTS.get(own, ())):
+        others = [each for each in VARIANTS.get(own, ()) if each[0] in results]
+        for run, name, command in ((own, NAMES[own], commands[own]), *others):
             content, result = results[run], results[run]["result"]
+            minutes = f"{result['train_seconds'] / 60:.1f}" if run == own else "as many"  # by a step's time: docs/nf.md
             measures = (spread(content, key, decimals) for key, decimals in MEASURES.items())
-            minutes, sampling = result["train_seconds"] / 60, f"{result['seconds_per_1000_samples']:.3f} s"
-            rows.append((name, f"`{command}`", f"{minutes:.1f}", likelihood(content), *measures, sampling))
+            sampling = f"{result['seconds_per_1000_samples']:.3f} s"
+            rows.append((name, f"`{command}`", minutes, likelihood(content), *measures, sampling))
     floor = (spread(results["judge"], key, decimals, "floor") for key, decimals in MEASURES.items())
     rows.append(("real images", "", "", "", *floor, ""))
     head = ("model", "command", "minutes", "likelihood", "Frechet distance", "precision", "recall", "1,000 samples")
