@@ -44,13 +44,13 @@ def test_flops_are_those_of_the_layers():
 
 
 def test_flops_of_convolutions_are_those_of_the_layers():
-    """As above; a convolution has as many products as weights at every place. The first sees data, not activations."""
+    """As above; a convolution has as many products as weights at every place. Only the noise's first sees mere data."""
     case = bench.nf_case(BLANK, "--batch-size", "3")
-    expected = 0
-    for side, level in zip((14, 14, 7, 7), case.model.levels):
-        weights = [layer.weight.numel() for layer in level.modules() if isinstance(layer, nn.Conv2d)]
-        expected += 3 * side * side * sum(weights)
-    expected -= 14 * 14 * case.model.levels[0][0].conditioner[0].weight.numel()
+    networks = [(14, case.model.dequantiser), *zip((14, 14, 7, 7), case.model.levels)]
+    expected = -(14**2) * case.model.dequantiser.network[0].weight.numel()
+    for side, network in networks:
+        weights = [layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+        expected += 3 * side**2 * sum(weights)
     assert bench.products(case)[1] == 2 * expected
 
 
