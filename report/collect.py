@@ -246,9 +246,9 @@ def results_table(results: dict[str, dict]) -> str:
         others = [each for each in VARIANTS.get(own, ()) if each[0] in results]
         for run, name, command in ((own, NAMES[own], commands[own]), *others):
             content, result = results[run], results[run]["result"]
-            minutes = f"{result['train_seconds'] / 60:.1f}" if run == own else "as many"  # by a step's time: docs/nf.md
+            times = f"{result['train_seconds'] / 60:.1f}", f"{result['seconds_per_1000_samples']:.3f} s"
+            minutes, sampling = times if run == own else ("as many", "")  # by a step's time: docs/nf.md
             measures = (spread(content, key, decimals) for key, decimals in MEASURES.items())
-            sampling = f"{result['seconds_per_1000_samples']:.3f} s"
             rows.append((name, f"`{command}`", minutes, likelihood(content), *measures, sampling))
     floor = (spread(results["judge"], key, decimals, "floor") for key, decimals in MEASURES.items())
     rows.append(("real images", "", "", "", *floor, ""))
