@@ -948,7 +948,7 @@ def q3_4_learned() -> dict:
 def stretched_log_density(u: Tensor, scale: float) -> Tensor:
     """log q(u) of u = sigmoid(scale logit(e)), e uniform on (0, 1), at u (n,): (n,). A scale of 1 gives uniform u."""
     logit = torch.logit(u) / scale  # of e
-    return F.logsigmoid(logit) + F.logsigmoid(-logit) - math.log(scale) - torch.log(u * (1 - u))
+    return nf.log_sigmoid_slope(logit) - math.log(scale) - torch.log(u * (1 - u))
 
 
 def q3_8_yardsticks(data: mnist.Data) -> dict:
