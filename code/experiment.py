@@ -337,16 +337,20 @@ class Run:
         """Seconds since the run began, as the history counts them."""
         return sum(row["seconds"] for row in self.history) + time.perf_counter() - self._row_begin
 
-    def steps(self, epoch: int, batches: Iterable[Tensor], total: int) -> Iterable[tuple[int, Tensor]]:
+    def steps(
+        self, epoch: int, batches: Iterable[Tensor], total: int, first: int | None = None
+    ) -> Iterable[tuple[int, Tensor]]:
         """The epoch's `total` batches with the training step's number, from 0 over the whole run; shows a bar.
 
-        At epoch 0, before training, the numbers run from -total to -1. Of several processes each gets its share of
-        every batch, and after the last all have the same buffers.
+        `first` is the number of the epoch's first step, for epochs that differ in length. Where all have `total`, the
+        numbers run from -total to -1 at epoch 0, before training. Of several processes each gets its share of every
+        batch, and after the last all have the same buffers.
         """
         last = "".join(f"  {key} {value:.4g}" for row in self.history[-1:] for key, value in row.items())
         description = f"{self.name} epoch {epoch}/{self.args.epochs}{last and '  last:'}{last}"
         training.own_noise(self.args.seed, epoch)
-        for step, index in enumerate(cli.progress(batches, description, total), start=(epoch - 1) * total):
+        start = (epoch - 1) * total if first is None else first
+        for step, index in enumerate(cli.progress(batches, description, total), start):
             yield step, training.share(index)
         training.same_buffers(self._parts.values())
 

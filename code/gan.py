@@ -204,30 +204,35 @@ def untrained_step(model: GAN, images: Tensor, index: Tensor) -> Tensor:
 def train(run: Run, model: GAN, data: mnist.Data) -> None:
     """Play the game for the run's epochs on all images but the test set, recording the means over each epoch's steps.
 
-    After some epochs the judge, if there is one, compares samples of the average with the validation images.
+    The second half of the epochs takes larger batches: fewer steps, along gradients that are less noisy. After some
+    epochs the judge, if there is one, compares samples of the average with the validation images.
     """
     args = run.args
-    images = data.images.flatten(1)
-    per_step = args.batch_size * args.d_steps
-    steps = mnist.steps_per_epoch(len(images), per_step)
+    images, half = data.images.flatten(1), args.epochs // 2
+    sizes = {"--batch-size": args.batch_size, "--late-batch-size": args.late_batch_size}
+    early, late = (mnist.steps_per_epoch(len(images), n * args.d_steps, flag) for flag, n in sizes.items())
     judged_by = None if run.follows else judge.find(run, quiet=True)
     real = judge.described(judged_by, data.validation_images) if judged_by else None
     optimizers = make_optimizers(model, args.lr, args.betas)
     run.start(model=model, optimizer_d=optimizers[0], optimizer_g=optimizers[1])
-    take_step = training.CapturedStep(
-        lambda *batch: training_step(model, optimizers, images, *batch, args.d_steps), run.device
-    )
-    figures = torch.zeros(steps, 4, device=run.device)
+    plain_step = functools.partial(training_step, model, optimizers, images, d_steps=args.d_steps)
+    take_step = {  # by size, as a captured step knows one size only
+        size: training.CapturedStep(plain_step, run.device) for size in (args.batch_size, args.late_batch_size)
+    }
     settling = fixed_normal("settling", args.settling, model.z_dim).to(run.device)
     settling = settling.chunk(-(-args.settling // EVALUATION_BATCH))  # of equal size, as they count alike
     for epoch in range(run.first_epoch, args.epochs + 1):
+        size, steps = (args.batch_size, early) if epoch <= half else (args.late_batch_size, late)
+        first = early * min(epoch - 1, half) + late * max(0, epoch - 1 - half)  # this epoch's first step
+        figures = torch.zeros(steps, 4, device=run.device)
         model.train()
         untrained = copy.deepcopy(model) if epoch == 0 else None  # whose batch norm may count the pass
-        for step, index in run.steps(epoch, mnist.batches(len(images), per_step, run.device), steps):
+        drawn = mnist.batches(len(images), size * args.d_steps, run.device)
+        for step, index in run.steps(epoch, drawn, steps, first):
             if epoch > 0:
-                figures[step % steps] = take_step(index, training.ema_weight(step, args.decay))
+                figures[step - first] = take_step[size](index, training.ema_weight(step, args.decay))
             else:
-                figures[step % steps] = untrained_step(untrained, images, index)
+                figures[step - first] = untrained_step(untrained, images, index)
         model.eval()
         update_bn(settling, model.average)  # averaged weights have no statistics of their own
         named = dict(zip(("loss_d", "loss_g", "d_real", "d_fake"), figures.T))
@@ -437,7 +442,10 @@ def flags() -> cli.Parser:
     count, share = cli.positive_int, cli.fraction
     parser.add_argument("--z-dim", type=count, default=100, metavar="N", help="numbers of noise")
     parser.add_argument("--leak", type=share, default=0.2, metavar="X", help="slope of every leaky ReLU below 0")
-    parser.add_argument("--dropout", type=share, default=0.3, metavar="X", help="share of D's units that are dropped")
+    parser.add_argument(
+        "--late-batch-size", type=count, default=1024, metavar="N", help="--batch-size in the second half of the epochs"
+    )
+    parser.add_argument("--dropout", type=share, default=0.1, metavar="X", help="share of D's units that are dropped")
     parser.add_argument(
         "--shift", type=cli.nonnegative_int, default=0, metavar="N", help="pixels by which D's images are moved at most"
     )
@@ -457,8 +465,9 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --evaluate or --sample use what was trained."""
     parser = flags()
     args = parser.parse_args(argv)
-    if args.batch_size < 2 * cli.processes() or args.settling == 1:
-        raise UserError("--batch-size or --settling: batch norm needs at least 2 images to a (process's) batch")
+    if min(args.batch_size, args.late_batch_size) < 2 * cli.processes() or args.settling == 1:
+        flags_of_batches = "--batch-size, --late-batch-size or --settling"
+        raise UserError(f"{flags_of_batches}: batch norm needs at least 2 images to a (process's) batch")
     run = Run("gan", parser, args, evaluation=("fresh_epochs",))
     torch.manual_seed(args.seed)
     model = build(run.config).to(run.device).eval()

@@ -25,7 +25,7 @@ SMALL = {  # a script -> flags of a small model that is trained within a second,
     script: f"--epochs 2 {flags}".split()
     for script, flags in {
         "vae": "--batch-size 50 --hidden 32 --importance-samples 2",
-        "gan": "--batch-size 60 --settling 1500 --fresh-epochs 2",
+        "gan": "--batch-size 60 --late-batch-size 100 --settling 1500 --fresh-epochs 2",
         "nf": "--batch-size 50 --hidden 5 --levels 2 --couplings 1 --components 2 --importance-samples 2",
     }.items()
 }
@@ -37,8 +37,8 @@ KILLED = """
 import os, signal, time
 import cli, experiment
 steps = experiment.Run.steps
-def killed(self, epoch, batches, total):
-    for number, each in enumerate(steps(self, epoch, batches, total)):
+def killed(self, epoch, *rest):
+    for number, each in enumerate(steps(self, epoch, *rest)):
         if (epoch, number, cli.rank()) == {at}:
             cli.say(f"killed at {{time.time()}}")
             os.kill(os.getpid(), signal.{signal})

@@ -19,7 +19,7 @@ from conftest import COSTS, SMALL, VERDICT, built, contents, result_of
 from experiment import Run
 from training import fixed_normal
 
-Z_DIM, LEAK, DROPOUT = 100, 0.2, 0.3  # as the report has them
+Z_DIM, LEAK, DROPOUT = 100, 0.2, 0.1  # as the report has them
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_the_networks_are_the_reports():
                     described.append("tanh")
     doubling = [((n, 2 * n), f"norm {2 * n}", "leaky 0.2") for n in (128, 256, 512)]
     generator = [(100, 128), "leaky 0.2", *(each for layer in doubling for each in layer), (1024, 784), "tanh"]
-    hidden = [((784, 512), "leaky 0.2", "dropout 0.3"), ((512, 256), "leaky 0.2", "dropout 0.3")]
+    hidden = [((784, 512), "leaky 0.2", "dropout 0.1"), ((512, 256), "leaky 0.2", "dropout 0.1")]
     assert described == [*generator, *(each for layer in hidden for each in layer), (256, 1)]
     args = gan.flags().parse_args([])
     assert (args.lr, args.epochs) == (5e-4, 200)
@@ -398,8 +398,7 @@ def test_the_judge_looks_at_some_epochs_and_the_last(tiny, tmp_path, monkeypatch
     """At 0, 1, 2, 4, then every eighth: PROBE samples of the average against validation images."""
     asked, described = [], judge.described
     monkeypatch.setattr(judge, "described", lambda model, images: asked.append(images) or described(model, images))
-    flags = ["--epochs", "9", "--batch-size", "300", "--settling", "50", "--fresh-epochs", "0"]
-    assert gan.main([*flags, "--out", str(tmp_path)]) == 0
+    assert gan.main([*SMALL["gan"], "--epochs", "9", "--out", str(tmp_path)]) == 0
     content = result_of(tmp_path, "gan")
     assert [row["epoch"] for row in content["history"] if "val_fid" in row] == [0, 1, 2, 4, 8, 9]
     assert torch.equal(asked[0], tiny.validation_images) and [len(each) for each in asked[1:7]] == 6 * [gan.PROBE]
@@ -474,9 +473,25 @@ def test_epoch_0_updates_nothing(tiny, tmp_path, monkeypatch):
     assert figures["d_real"] == pytest.approx(0.5, abs=0.1) == figures["d_fake"]
 
 
-def test_a_batch_of_one_is_refused_in_one_line(tiny, tmp_path, capsys):
-    for size, words in ((1, "batch norm"), (601, "600")):
-        assert gan.main(["--batch-size", str(size), "--out", str(tmp_path)]) == 2
+def test_the_second_half_takes_larger_batches(tiny, tmp_path, monkeypatch):
+    """Of five epochs the last three; and steps are numbered on, by which the average's decay rises."""
+    sizes, steps = [], []
+    step, weight = gan.training_step, training.ema_weight
+    monkeypatch.setattr(gan, "training_step", lambda *a, **b: sizes.append(len(a[3])) or step(*a, **b))
+    monkeypatch.setattr(training, "ema_weight", lambda number, decay: steps.append(number) or weight(number, decay))
+    flags = [*SMALL["gan"], "--epochs", "5", "--batch-size", "100", "--late-batch-size", "150", "--d-steps", "2"]
+    assert gan.main([*flags, "--out", str(tmp_path)]) == 0
+    assert sizes == 2 * 3 * [200] + 3 * 2 * [300] and steps == list(range(12))
+
+
+def test_batches_that_cannot_be_are_refused_in_one_line(tiny, tmp_path, capsys):
+    for flag, size, words in (
+        ("--batch-size", 1, "batch norm"),
+        ("--late-batch-size", 1, "batch norm"),
+        ("--batch-size", 601, "601 is larger than the 600"),
+        ("--late-batch-size", 601, "601 is larger than the 600"),
+    ):
+        assert gan.main([*SMALL["gan"], flag, str(size), "--out", str(tmp_path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert words in line
+        assert words in line and flag in line
     assert not contents(tmp_path)
