@@ -61,47 +61,36 @@ uniform: $(VENV)/filled  ## train the flow with uniform noise, for as many minut
 	cp out/uniform/figures/nf.json figures/nf_uniform.json
 	$(PY) report/collect.py
 
-# What is changed in a trial of the GAN, as flags, from the assignment's dropout; the long ones make D stronger.
-trial_as_it_is :=
-trial_other_seed := --seed 1
-trial_beta1_half := --betas 0.5 0.999
-trial_betas_default := --betas 0.9 0.999
-trial_beta2_lower := --betas 0 0.99
-trial_not_averaged := --decay 0
-trial_lr_double := --lr 1e-3
-trial_lr_half := --lr 2.5e-4
-trial_batch_half := --batch-size 128
-trial_assignment :=
-trial_dropout_tenth := --dropout 0.1
-trial_dropout_none := --dropout 0
-trial_d_twice := --d-steps 2 --batch-size 128
-trial_shift := --dropout 0.1 --shift 2
-trial_shift_only := --dropout 0 --shift 2
-TRIALS := as_it_is other_seed beta1_half betas_default beta2_lower not_averaged lr_double lr_half batch_half
-trial_dropout_tenth_100 := $(trial_dropout_tenth)
-trial_shift_only_100 := $(trial_shift_only)
-trial_dropout_tenth_200 := $(trial_dropout_tenth)
-trial_seed1_200 := $(trial_dropout_tenth) --seed 1
-trial_seed2_200 := $(trial_dropout_tenth) --seed 2
+# What is changed in a trial of the GAN, as flags, from the assignment's dropout and one batch size throughout. The last
+# part of a trial's name is its epochs.
+trial_assignment_10 :=
+trial_other_seed_10 := --seed 1
+trial_beta1_half_10 := --betas 0.5 0.999
+trial_betas_default_10 := --betas 0.9 0.999
+trial_beta2_lower_10 := --betas 0 0.99
+trial_not_averaged_10 := --decay 0
+trial_lr_double_10 := --lr 1e-3
+trial_lr_half_10 := --lr 2.5e-4
+trial_batch_half_10 := --batch-size 128
+trial_assignment_20 :=
+trial_dropout_tenth_20 := --dropout 0.1
+trial_dropout_none_20 := --dropout 0
+trial_assignment_200 :=
+trial_dropout_tenth_200 := --dropout 0.1
+trial_seed1_200 := --dropout 0.1 --seed 1
+trial_seed2_200 := --dropout 0.1 --seed 2
 trial_dropout_twentieth_200 := --dropout 0.05
 trial_dropout_fifth_200 := --dropout 0.2
-trial_batch_128_200 := $(trial_dropout_tenth) --batch-size 128
-trial_batch_512_200 := $(trial_dropout_tenth) --batch-size 512
-trial_beta2_higher_200 := $(trial_dropout_tenth) --betas 0 0.9999
-trial_d_twice_200 := $(trial_dropout_tenth) --d-steps 2
-LONG_TRIALS := assignment dropout_tenth dropout_none d_twice shift shift_only
-LONGER_TRIALS := dropout_tenth_100 shift_only_100
-LONGEST_TRIALS := dropout_tenth_200 seed1_200 seed2_200 dropout_twentieth_200 dropout_fifth_200 batch_128_200 batch_512_200 beta2_higher_200 d_twice_200
+trial_batch_128_200 := --dropout 0.1 --batch-size 128
+trial_batch_512_200 := --dropout 0.1 --batch-size 512
+trial_beta2_higher_200 := --dropout 0.1 --betas 0 0.9999
+TRIALS := $(patsubst trial_%,%,$(filter trial_%,$(.VARIABLES)))
 
-trials: $(TRIALS:%=trial-%) $(LONG_TRIALS:%=trial-%) $(LONGER_TRIALS:%=trial-%) $(LONGEST_TRIALS:%=trial-%)  ## train the GAN for 10 to 200 epochs, other settings (figures/trials)
+trials: $(TRIALS:%=trial-%)  ## train the GAN for 10 to 200 epochs, other settings (figures/trials)
 	$(PY) report/collect.py
 
-$(TRIALS:%=trial-%): EPOCHS := 10
-$(LONG_TRIALS:%=trial-%): EPOCHS := 20
-$(LONGER_TRIALS:%=trial-%): EPOCHS := 100
-$(LONGEST_TRIALS:%=trial-%): EPOCHS := 200
 trial-%: $(VENV)/filled
-	$(PY) code/gan.py --epochs $(EPOCHS) --dropout 0.3 $(trial_$*) --fresh-epochs 0 --out out/trials/$*
+	$(PY) code/gan.py --epochs $(lastword $(subst _, ,$*)) --dropout 0.3 --growth 1 $(trial_$*) --fresh-epochs 0 --out out/trials/$*
 	mkdir -p figures/trials
 	cp out/trials/$*/figures/gan.json figures/trials/gan_$*.json
 

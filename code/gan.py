@@ -55,28 +55,15 @@ def discriminator_block(inputs: int, outputs: int, leak: float, dropout: float) 
     return nn.Sequential(nn.Linear(inputs, outputs), nn.LeakyReLU(leak), nn.Dropout(dropout))
 
 
-def shifted(x: Tensor, shift: int) -> Tensor:
-    """Images (batch, 784), each moved by a random number of pixels of its own, up to `shift` down, up and sideways.
-
-    Background, -1, moves in. What is lost at the edges is background in MNIST, whose digits keep 4 pixels from them.
-    """
-    side, across = mnist.SIDE + 2 * shift, torch.arange(mnist.SIDE, device=x.device)
-    padded = F.pad(x.view(-1, mnist.SIDE, mnist.SIDE), (shift,) * 4, value=-1.0).flatten(1)
-    down, right = torch.randint(2 * shift + 1, (2, len(x), 1), device=x.device)
-    window = (side * across[:, None] + across).flatten()  # (784,), where an unmoved corner's image lies in `padded`
-    return padded.gather(1, side * down + right + window)
-
-
 class GAN(nn.Module):
     """Generator and discriminator, and the moving average of the generator's weights, which is not trained itself.
 
-    z_dim: numbers of noise; leak: slope of every leaky ReLU below 0; dropout: share of D's units that it drops; shift:
-    by how many pixels at most every image that D sees is moved in training.
+    z_dim: numbers of noise; leak: slope of every leaky ReLU below 0; dropout: share of D's units that it drops.
     """
 
-    def __init__(self, z_dim: int, leak: float, dropout: float, shift: int):
+    def __init__(self, z_dim: int, leak: float, dropout: float):
         super().__init__()
-        self.z_dim, self.shift = z_dim, shift
+        self.z_dim = z_dim
         hidden = (generator_block(units, leak) for units in (128, 256, 512))
         self.generator = nn.Sequential(
             nn.Linear(z_dim, 128), nn.LeakyReLU(leak), *hidden, nn.Linear(1024, mnist.PIXELS), nn.Tanh()
@@ -91,14 +78,12 @@ class GAN(nn.Module):
 
     def discriminate(self, x: Tensor) -> Tensor:
         """Images (batch, 784) in [-1, 1] to the logits of their being real, (batch,)."""
-        if self.training and self.shift:  # generated images too, or G would learn to shift its own (Zhao et al. 2020)
-            x = shifted(x, self.shift)
         return self.discriminator(x).squeeze(-1)
 
 
 def build(config: dict) -> GAN:
     """The model of a run's config, untrained."""
-    return GAN(config["z_dim"], config["leak"], config["dropout"], config.get("shift", 0))  # older weights lack it
+    return GAN(config["z_dim"], config["leak"], config["dropout"])
 
 
 # Objective
@@ -142,13 +127,10 @@ def generator_objective(model: GAN, z: Tensor) -> Tensor:
 # Training
 
 
-def draw_batch(images: Tensor, index: Tensor, z_dim: int, d_steps: int = 1) -> tuple[Tensor, Tensor]:
-    """Real images (d_steps, batch, 784) in [-1, 1], index being (d_steps * batch,); noise (d_steps + 1, batch, z_dim).
-
-    Images and noise for each step of D, then noise for G's.
-    """
-    x = scaled(images.index_select(0, index)).view(d_steps, -1, images.shape[1])
-    return x, torch.randn(d_steps + 1, x.shape[1], z_dim, device=images.device)
+def draw_batch(images: Tensor, index: Tensor, z_dim: int) -> tuple[Tensor, Tensor]:
+    """Real images (batch, 784) in [-1, 1], and noise for D's step and for G's, (2, batch, z_dim)."""
+    x = scaled(images.index_select(0, index))
+    return x, torch.randn(2, len(x), z_dim, device=images.device)
 
 
 def make_optimizers(model: GAN, lr: float, betas: tuple[float, float]) -> tuple[Optimizer, Optimizer]:
@@ -175,16 +157,15 @@ def training_step(
     images: Tensor,
     index: Tensor,
     weight: float | Tensor,
-    d_steps: int = 1,
 ) -> Tensor:
-    """`d_steps` steps of Adam down L_D, one down L_G, one of the average, on images[index] of images (n, 784) uint8.
+    """One step of Adam down L_D, one down L_G, one of the average, on images[index] of images (n, 784) uint8.
 
-    index: (d_steps * batch,); weight: of the new weights in the average. Returns loss_d, loss_g, and D's mean outputs
-    on real and on fake images, (4,), detached; of several steps of D the mean. Nothing here waits for the device.
+    index: (batch,); weight: of the new weights in the average. Returns loss_d, loss_g, and D's mean outputs on real and
+    on fake images, (4,), detached. Nothing here waits for the device.
     """
     optimizer_d, optimizer_g = optimizers
-    x, (*z_d, z_g) = draw_batch(images, index, model.z_dim, d_steps)
-    loss_d, *outputs = torch.stack([discriminator_step(model, optimizer_d, *each) for each in zip(x, z_d)]).mean(0)
+    x, (z_d, z_g) = draw_batch(images, index, model.z_dim)
+    loss_d, *outputs = discriminator_step(model, optimizer_d, x, z_d)
     loss_g = generator_objective(model, z_g)
     optimizer_g.zero_grad()
     loss_g.backward(inputs=list(model.generator.parameters()))
@@ -196,7 +177,7 @@ def training_step(
 @torch.no_grad()
 def untrained_step(model: GAN, images: Tensor, index: Tensor) -> Tensor:
     """What `training_step` returns, without its updates."""
-    (x, *_), (z_d, *_, z_g) = draw_batch(images, index, model.z_dim)
+    x, (z_d, z_g) = draw_batch(images, index, model.z_dim)
     loss_d, outputs = discriminator_objective(model, x, z_d)
     return torch.stack((loss_d, generator_objective(model, z_g), *outputs))
 
@@ -207,30 +188,31 @@ def train(run: Run, model: GAN, data: mnist.Data) -> None:
     The second half of the epochs takes larger batches: fewer steps, along gradients that are less noisy. After some
     epochs the judge, if there is one, compares samples of the average with the validation images.
     """
-    args = run.args
-    images, half = data.images.flatten(1), args.epochs // 2
-    sizes = {"--batch-size": args.batch_size, "--late-batch-size": args.late_batch_size}
-    early, late = (mnist.steps_per_epoch(len(images), n * args.d_steps, flag) for flag, n in sizes.items())
+    args, half = run.args, run.args.epochs // 2
+    images = data.images.flatten(1)
+    sizes = (args.batch_size, args.growth * args.batch_size)
+    early, late = (mnist.steps_per_epoch(len(images), size) for size in sizes)
     judged_by = None if run.follows else judge.find(run, quiet=True)
     real = judge.described(judged_by, data.validation_images) if judged_by else None
     optimizers = make_optimizers(model, args.lr, args.betas)
     run.start(model=model, optimizer_d=optimizers[0], optimizer_g=optimizers[1])
-    plain_step = functools.partial(training_step, model, optimizers, images, d_steps=args.d_steps)
-    take_step = {  # by size, as a captured step knows one size only
-        size: training.CapturedStep(plain_step, run.device) for size in (args.batch_size, args.late_batch_size)
-    }
+    take_early, take_late = (  # a captured step is of one size of batch
+        training.CapturedStep(lambda *batch: training_step(model, optimizers, images, *batch), run.device)
+        for _ in sizes
+    )
     settling = fixed_normal("settling", args.settling, model.z_dim).to(run.device)
     settling = settling.chunk(-(-args.settling // EVALUATION_BATCH))  # of equal size, as they count alike
     for epoch in range(run.first_epoch, args.epochs + 1):
-        size, steps = (args.batch_size, early) if epoch <= half else (args.late_batch_size, late)
-        first = early * min(epoch - 1, half) + late * max(0, epoch - 1 - half)  # this epoch's first step
+        is_late = epoch > half
+        steps, take_step = (late, take_late) if is_late else (early, take_early)
+        first = early * min(epoch - 1, half) + late * max(0, epoch - 1 - half)  # the number of the epoch's first step
         figures = torch.zeros(steps, 4, device=run.device)
         model.train()
         untrained = copy.deepcopy(model) if epoch == 0 else None  # whose batch norm may count the pass
-        drawn = mnist.batches(len(images), size * args.d_steps, run.device)
-        for step, index in run.steps(epoch, drawn, steps, first):
+        batches = mnist.batches(len(images), sizes[is_late], run.device)
+        for step, index in run.steps(epoch, batches, steps, first):
             if epoch > 0:
-                figures[step - first] = take_step[size](index, training.ema_weight(step, args.decay))
+                figures[step - first] = take_step(index, training.ema_weight(step, args.decay))
             else:
                 figures[step - first] = untrained_step(untrained, images, index)
         model.eval()
@@ -299,7 +281,7 @@ def fresh_losses(run: Run, model: GAN, data: mnist.Data) -> list[float]:
             drawn = mnist.batches(len(images), run.args.batch_size, run.device)
             steps = mnist.steps_per_epoch(len(images), run.args.batch_size)
             for index in cli.progress(drawn, f"fresh discriminator {epoch}/{run.args.fresh_epochs}", steps):
-                (x,), (z_d, _) = draw_batch(images, index, model.z_dim)
+                x, (z_d, _) = draw_batch(images, index, model.z_dim)
                 discriminator_step(game, optimizer, x, z_d)
         game.eval()
         with torch.inference_mode():
@@ -442,14 +424,10 @@ def flags() -> cli.Parser:
     count, share = cli.positive_int, cli.fraction
     parser.add_argument("--z-dim", type=count, default=100, metavar="N", help="numbers of noise")
     parser.add_argument("--leak", type=share, default=0.2, metavar="X", help="slope of every leaky ReLU below 0")
-    parser.add_argument(
-        "--late-batch-size", type=count, default=1024, metavar="N", help="--batch-size in the second half of the epochs"
-    )
     parser.add_argument("--dropout", type=share, default=0.1, metavar="X", help="share of D's units that are dropped")
     parser.add_argument(
-        "--shift", type=cli.nonnegative_int, default=0, metavar="N", help="pixels by which D's images are moved at most"
+        "--growth", type=count, default=4, metavar="N", help="times --batch-size in the second half of the epochs"
     )
-    parser.add_argument("--d-steps", type=count, default=1, metavar="N", help="steps of D to one of G")
     parser.add_argument("--decay", type=share, default=0.999, metavar="X", help="of the moving average of G's weights")
     parser.add_argument(
         "--settling", type=count, default=5000, metavar="N", help="noise vectors for the average's batch norm"
@@ -465,9 +443,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --evaluate or --sample use what was trained."""
     parser = flags()
     args = parser.parse_args(argv)
-    if min(args.batch_size, args.late_batch_size) < 2 * cli.processes() or args.settling == 1:
-        flags_of_batches = "--batch-size, --late-batch-size or --settling"
-        raise UserError(f"{flags_of_batches}: batch norm needs at least 2 images to a (process's) batch")
+    if args.batch_size < 2 * cli.processes() or args.settling == 1:
+        raise UserError("--batch-size or --settling: batch norm needs at least 2 images to a (process's) batch")
     run = Run("gan", parser, args, evaluation=("fresh_epochs",))
     torch.manual_seed(args.seed)
     model = build(run.config).to(run.device).eval()

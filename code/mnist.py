@@ -109,10 +109,12 @@ def batches(n: int, batch_size: int, device: torch.device | str = "cpu") -> Iter
     yield from order[: n // batch_size * batch_size].split(batch_size)
 
 
-def steps_per_epoch(n: int, batch_size: int, flag: str = "--batch-size") -> int:
-    """How many `batches` an epoch has. Raises UserError, of `flag`, if a batch is larger than all the `n` images."""
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """How many `batches` an epoch has. Raises UserError if a batch is larger than all the `n` training images."""
     if batch_size > n:
-        raise UserError(f"{flag}: a batch of {batch_size} is larger than the {n} training images")
+        raise UserError(
+            f"a batch of {batch_size} is larger than the {n} training images: choose a smaller --batch-size"
+        )
     return n // batch_size
 
 

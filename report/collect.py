@@ -50,14 +50,12 @@ VARIANTS = {  # run -> what stands below it in README's table, if it was run: ot
 
 SET = {"mu", "variance", "noise", "radius", "deviation"}  # last words of keys of what was not measured
 
-D_OUTPUTS = ("d_real", "d_fake")  # D's mean outputs in a row of the GAN's history
 MEASURES = {"fid": 1, "precision": 3, "recall": 3}  # the judge's, and their decimals
 UNNAMED = {"epochs", "fresh_epochs"}  # flags that the table of trials does not name
-OFF = {"d_steps": 1, "shift": 0}  # what a trial did that is older than these flags
+OFF = {"growth": 1}  # what a trial did that is older than this flag
 
 # What the assignment's first solution reached on validation, from its curves: ELBO, bits per dimension.
 ORIGINAL = {"vae_z20": -101.7, "vae_z2": -151.2, "nf": 1.82}
-LATER = (-92, -90.88)  # more marks for z of 20; the second is where this repository's first edition ended
 
 
 @exit_status
@@ -75,9 +73,8 @@ def collect(root: Path) -> dict[Path, str]:
             same = [each for name, each in results.items() if re.fullmatch(rf"{run}(_seed\d+)?", name)]
             content["seeds"] = over_seeds(same)
     judged = results["judge"]["result"]
-    results["judge"] |= {key: ranges(judged[key]["draws"]) for key in ("floor", "floor_validation") if key in judged}
-    if several := results["gan"]["result"].get("over_noise"):
-        results["gan"]["over_noise"] = ranges(several)
+    results["judge"]["floor"] = ranges(judged["floor"]["draws"])
+    results["gan"]["over_noise"] = ranges(results["gan"]["result"]["over_noise"])
     tables = {
         "README.md": {
             "results": results_table, "healthy": healthy_table, "game": game_table, "flow": flow_table,
@@ -192,10 +189,10 @@ def rounded(key: str, value: float | int | str) -> str:
 
 
 def entries(content: dict, prefix: str) -> Iterator[tuple[str, float | int | str]]:
-    """Every value in nested dictionaries with its dotted key; of a history, some epochs' rows and the last."""
+    """Every value in nested dictionaries with its dotted key; of a history each epoch's row, and the last."""
     for key, value in content.items():
         if key == "history":
-            value = {row["epoch"]: row for row in value if row["epoch"] in (0, 1, 10)} | {"last": value[-1]}
+            value = {row["epoch"]: row for row in value} | {"last": value[-1]}
         elif isinstance(value, list):
             value = {str(index): each for index, each in enumerate(value)}
         if isinstance(value, dict):
@@ -274,38 +271,24 @@ def remarks(results: dict[str, dict]) -> list[str]:
         passed(z2, "val_elbo", ORIGINAL["vae_z2"]),
         passed(results["nf"], "val_bpd", ORIGINAL["nf"]),
     )
-    later = (passed(z20, "val_elbo", mark) for mark in LATER)
-    counts = sorted({results[run]["seeds"]["count"] for run in NAMES} - {1})
     return [
-        *(f"A range in brackets is of {count} seeds, and what precedes it their mean." for count in counts),
-        "Rows without a range, and all times, are of seed 0.",
+        f"In brackets the range over {z20['seeds']['count']} seeds, after their mean; all else, with all times, is of "
+        "seed 0.",
         "Nats: -log p(x) of a test image, its pixels binarised *dynamically*; z of 20 by "
         f"{z20['result']['importance_samples']:,} importance samples, z of 2 by quadrature, the flow prior (z of "
         f"{best['config']['z_dim']}) by {best['result']['importance_samples']:,} (standard errors over images, "
         f"of z of 20 and the flow prior: {z20['result']['test_nll_se']:.2f}, {best['result']['test_nll_se']:.2f}). "
         f"Test ELBO {spread(z20, 'test_elbo', 2)}, {spread(z2, 'test_elbo', 2)}, "
-        f"{spread(best, 'test_elbo', 2)}; validation ELBO {spread(z20, 'val_elbo', 2)}, {spread(z2, 'val_elbo', 2)}, "
-        f"{spread(best, 'val_elbo', 2)}.",
+        f"{spread(best, 'test_elbo', 2)}.",
         f"Bits per dimension of the 8-bit grey values, {flow['importance_samples']} draws of the noise; with one "
         f"{spread(results['nf'], 'test_bpd', 3)}. Bits of grey values and nats of binary ones cannot be compared.",
         "Frechet distance, precision and recall are of 10,000 samples (the VAE's: decoder means) against the test "
         "images, by `code/judge.py`, and can be compared only with values from the same judge. Real images: mean and "
         f"range of {results['judge']['floor']['count']} random draws of 10,000 training images.",
-        *over_noise(results["gan"]),
         f"Validation values of the assignment's first solution: z of 20 {first[0]}, z of 2 {first[1]}, the flow "
-        f"{first[2]}; later, z of 20 {' and '.join(later)}. Its VAEs used *static* binarisation, drawn once for "
-        "each image, which is not quite comparable.",
+        f"{first[2]}. Its VAEs used *static* binarisation, drawn once for each image, which is not quite comparable.",
         measured_on(results[run]["environment"] for run in NAMES),
     ]
-
-
-def over_noise(gan: dict) -> list[str]:
-    """What other noise makes of one GAN's distance; nothing of a run that is older than this measurement."""
-    if "over_noise" not in gan:
-        return []
-    distances = spread(gan, "fid", MEASURES["fid"], "over_noise")
-    lots = f"The distance of the GAN of seed 0 over {gan['over_noise']['count']} lots of noise: {distances}"
-    return [f"{lots}; what differs by less is not better."]
 
 
 def passed(content: dict, key: str, mark: float) -> str:
@@ -365,9 +348,7 @@ def game_table(results: dict[str, dict]) -> str:
 
 def fresh_table(results: dict[str, dict]) -> str:
     """docs/gan.md's table of the new discriminator's losses, and what the last of them bounds."""
-    fresh = results["gan"]["result"].get("fresh_discriminator")
-    if fresh is None:  # of a run that is older than this measurement
-        return "Not measured in this run."
+    fresh = results["gan"]["result"]["fresh_discriminator"]
     head = ["epochs of the new D", *map(str, range(len(fresh["loss"])))]
     table = markdown(head, [["loss on unseen images", *(f"{loss:.3f}" for loss in fresh["loss"])]])
     return f"{table}\n\nSo the divergence is at least {fresh['jsd_at_least']:.3f} nats, of log 2 = 0.693 at most."
@@ -375,9 +356,7 @@ def fresh_table(results: dict[str, dict]) -> str:
 
 def nearest_table(results: dict[str, dict]) -> str:
     """docs/gan.md's table of distances to the nearest training image, in grey values."""
-    nearest = results["gan"]["result"].get("nearest")
-    if nearest is None:  # of a run that is older than this measurement
-        return "Not measured in this run."
+    nearest = results["gan"]["result"]["nearest"]
     rows = [(name.replace("_", " "), f"{of['mean']:.0f}", f"{of['median']:.0f}") for name, of in nearest.items()]
     return markdown(("distance to the nearest training image", "mean", "median"), rows)
 
@@ -395,20 +374,23 @@ def flow_table(results: dict[str, dict]) -> str:
 
 
 def chosen_table(results: dict[str, dict]) -> str:
-    """docs/gan.md's table of the GAN's other settings, each named by its flags, beside the report's own."""
-    base = OFF | results["gan"]["config"]
-    rows = []
-    for trial in results["trials"].values():
-        config, verdict, last = OFF | trial["config"], trial["result"]["validation"], trial["history"][-1]
+    """docs/gan.md's table of the GAN's settings, each named by the flags that differ from the assignment's run."""
+    runs = [content for name, content in results.items() if re.fullmatch(r"gan(_seed\d+)?", name)]
+    runs += results["trials"].values()
+    base, rows = OFF | results["trials"]["gan_assignment_200"]["config"], []
+    for run in runs:
+        config, verdict, last = OFF | run["config"], run["result"]["validation"], run["history"][-1]
         changed = [key for key in base if key not in UNNAMED and config[key] != base[key]]
         flags = " ".join(f"--{key.replace('_', '-')} {words(config[key])}" for key in changed)
-        measures = (f"{verdict['fid']:.0f}", f"{verdict['precision']:.2f}", f"{verdict['recall']:.2f}")
+        measures = (f"{verdict['fid']:.1f}", f"{verdict['precision']:.2f}", f"{verdict['recall']:.2f}")
         named = f"`{flags}`" if flags else "none"
-        rows.append((str(config["epochs"]), named, *measures, *(f"{last[k]:.2f}" for k in D_OUTPUTS)))
+        rows.append((str(config["epochs"]), named, *measures, *(f"{last[key]:.2f}" for key in ("d_real", "d_fake"))))
     head = ("epochs", "flags", "Frechet distance", "precision", "recall", "D on real", "D on generated")
-    where = measured_on(trial["environment"] for trial in results["trials"].values())
+    lots, distances = results["gan"]["over_noise"]["count"], spread(results["gan"], "fid", 1, "over_noise")
+    noise = f"The distance of the report's run to the test images over {lots} lots of noise: {distances}."
+    where = measured_on(run["environment"] for run in runs)
     rows.sort(key=lambda row: (-int(row[0]), row[1] != "none", row))
-    return f"{markdown(head, rows)}\n\n{where}"
+    return f"{markdown(head, rows)}\n\n{noise} {where}"
 
 
 def words(value: object) -> str:

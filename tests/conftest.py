@@ -25,7 +25,7 @@ SMALL = {  # a script -> flags of a small model that is trained within a second,
     script: f"--epochs 2 {flags}".split()
     for script, flags in {
         "vae": "--batch-size 50 --hidden 32 --importance-samples 2",
-        "gan": "--batch-size 60 --late-batch-size 100 --settling 1500 --fresh-epochs 2",
+        "gan": "--batch-size 60 --growth 2 --settling 1500 --fresh-epochs 2",
         "nf": "--batch-size 50 --hidden 5 --levels 2 --couplings 1 --components 2 --importance-samples 2",
     }.items()
 }

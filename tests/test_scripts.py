@@ -28,7 +28,7 @@ for script in (vae, gan, nf):
 """
 SHORT = {  # run -> flags that make it one of seconds
     "vae": "--z-dim 2 --epochs 2 --batch-size 25 --hidden 128 --prior flow --couplings 2 --importance-samples 2",
-    "gan": "--epochs 2 --batch-size 50 --late-batch-size 60 --decay 0.9 --settling 500 --fresh-epochs 2",
+    "gan": "--epochs 2 --batch-size 50 --growth 2 --decay 0.9 --settling 500 --fresh-epochs 2",
     "nf": "--epochs 2 --batch-size 25 --hidden 8 --couplings 1 --components 2 --importance-samples 2",
 }
 NAMES = {**RUNS, "vae": "vae_z2"}

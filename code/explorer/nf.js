@@ -29,7 +29,7 @@ function dequantise({ dequantiser }, image, noise) {
   return { v, logQ };
 }
 
-// The logit of p = a/2 + (1 - a) v/256, a = shrink, and the ladj of all numbers together.
+// The logit of r1 = a/2 + (1 - a) v/256, a = shrink, and the ladj of all numbers together.
 function toLogits(v, shrink) {
   const constant = Math.log1p(-shrink) - Math.log(256);
   let ladj = 0;
