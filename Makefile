@@ -75,7 +75,8 @@ trial_batch_half_10 := --batch-size 128
 trial_assignment_20 :=
 trial_dropout_tenth_20 := --dropout 0.1
 trial_dropout_none_20 := --dropout 0
-trial_assignment_200 :=
+trial_assignment_200 := --fresh-epochs 8
+trial_growth_200 := --growth 4
 trial_dropout_tenth_200 := --dropout 0.1
 trial_seed1_200 := --dropout 0.1 --seed 1
 trial_seed2_200 := --dropout 0.1 --seed 2
@@ -90,7 +91,7 @@ trials: $(TRIALS:%=trial-%)  ## train the GAN for 10 to 200 epochs, other settin
 	$(PY) report/collect.py
 
 trial-%: $(VENV)/filled
-	$(PY) code/gan.py --epochs $(lastword $(subst _, ,$*)) --dropout 0.3 --growth 1 $(trial_$*) --fresh-epochs 0 --out out/trials/$*
+	$(PY) code/gan.py --epochs $(lastword $(subst _, ,$*)) --dropout 0.3 --growth 1 --fresh-epochs 0 $(trial_$*) --out out/trials/$*
 	mkdir -p figures/trials
 	cp out/trials/$*/figures/gan.json figures/trials/gan_$*.json
 

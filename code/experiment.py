@@ -260,8 +260,7 @@ class Run:
         self.history: list[dict] = []
         self.frames: dict[int, Tensor] = {}  # epoch -> images (n, 28, 28) uint8, for pictures through the training
         self.peak_memory: float | None = None  # MiB, over all the processes that worked on the run
-        self.defaults = {key: parser.get_default(key) for key in self.config}
-        changed = {key: value for key, value in self.config.items() if value != self.defaults[key]}
+        changed = {key: value for key, value in self.config.items() if value != parser.get_default(key)}
         self.out = args.out or (ROOT if changed in report else ROOT / "out")
         if not args.out and changed not in report:
             self.say(f"not the report's settings ({cli.as_flags(changed)}): everything goes to {self.out}")
@@ -450,8 +449,6 @@ class Run:
         wrong = ""
         for path in self._files("weights"):
             archive = load_archive(path, "the weights")
-            if isinstance(archive.get("config"), dict):  # older than some flags, whose defaults change nothing
-                archive["config"] = self.defaults | archive["config"]
             if not (differs := mismatch(archive, self.name, self.config, but_for=self.evaluation)):
                 load_state(model, archive, path, "the weights")
                 if self.out not in path.parents:

@@ -112,9 +112,7 @@ def batches(n: int, batch_size: int, device: torch.device | str = "cpu") -> Iter
 def steps_per_epoch(n: int, batch_size: int) -> int:
     """How many `batches` an epoch has. Raises UserError if a batch is larger than all the `n` training images."""
     if batch_size > n:
-        raise UserError(
-            f"a batch of {batch_size} is larger than the {n} training images: choose a smaller --batch-size"
-        )
+        raise UserError(f"--batch-size {batch_size} is larger than the {n} training images")
     return n // batch_size
 
 

@@ -7,7 +7,7 @@ connected, maximise the evidence lower bound on log p(x) with one reparameterize
 
 The prior p(z) is N(0, I) or, with --prior flow, what a small normalizing flow makes of it.
 
-    python code/vae.py              # z of 20: test ELBO -89.10 nats, -log p(x) 85.97; 286 s
+    python code/vae.py              # z of 20: test ELBO -89.10 nats, -log p(x) 85.97; 195 s
     python code/vae.py --z-dim 2    # z of 2: test ELBO -133.94 nats, -log p(x) 130.07; 150 s
     python code/vae.py --best       # z of 32: test ELBO -83.84 nats, -log p(x) 81.61; 1227 s
     (seeds 0 to 2, means; times of seed 0; AMD EPYC, 2 threads, torch 2.14.1+cu130;

@@ -5,9 +5,9 @@
 In the report \\num{vae_z20.result.test_elbo} is that value, rounded as `rounded` says, and
 \\seeds{vae_z20.seeds.test_elbo} mean and range over figures/vae_z20.json and vae_z20_seed*.json; a minus before a key
 turns the value's sign. numbers.tex holds what the report uses and nothing else, and a key that no JSON has is an error.
-So is \\seeds{judge.floor.fid} over the draws of real images, and \\seeds{gan.over_noise.fid} over lots of noise. In
-README.md and docs/ what stands between <!-- NAME --> and <!-- /NAME --> is replaced, and in a script's docstring the
-comment after its command.
+So is \\seeds{judge.floor.fid} over the draws of real images, and \\seeds{gan.over_seeds_and_noise.fid} over seeds and
+lots of noise. In README.md and docs/ what stands between <!-- NAME --> and <!-- /NAME --> is replaced, and in a
+script's docstring the comment after its command.
 """
 
 import json
@@ -72,9 +72,13 @@ def collect(root: Path) -> dict[Path, str]:
         if "history" in content:
             same = [each for name, each in results.items() if re.fullmatch(rf"{run}(_seed\d+)?", name)]
             content["seeds"] = over_seeds(same)
-    judged = results["judge"]["result"]
-    results["judge"]["floor"] = ranges(judged["floor"]["draws"])
-    results["gan"]["over_noise"] = ranges(results["gan"]["result"]["over_noise"])
+    results["judge"]["floor"] = ranges(results["judge"]["result"]["floor"]["draws"])
+    games = game_runs(results)
+    for content in (*games, *results["trials"].values()):
+        if lots := content["result"].get("over_noise"):
+            content["over_noise"] = ranges(lots)
+    every = [lot for each in games for lot in each["result"]["over_noise"]]
+    results["gan"]["over_seeds_and_noise"] = ranges(every)
     tables = {
         "README.md": {
             "results": results_table, "healthy": healthy_table, "game": game_table, "flow": flow_table,
@@ -109,6 +113,11 @@ def collect(root: Path) -> dict[Path, str]:
 def read(folder: Path) -> dict[str, dict]:
     """Every JSON of a folder by its name."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def game_runs(results: dict[str, dict]) -> list[dict]:
+    """The GAN's runs at the report's settings, of all seeds."""
+    return [content for run, content in results.items() if re.fullmatch(r"gan(_seed\d+)?", run)]
 
 
 def over_seeds(contents: list[dict]) -> dict:
@@ -265,7 +274,7 @@ def likelihood(content: dict) -> str:
 def remarks(results: dict[str, dict]) -> list[str]:
     """The footnotes of README's table."""
     z20, z2, best = (results[run] for run in ("vae_z20", "vae_z2", "vae_best"))
-    flow = results["nf"]["result"]
+    flow, every = results["nf"]["result"], spread(results["gan"], "fid", MEASURES["fid"], "over_seeds_and_noise")
     first = (
         passed(z20, "val_elbo", ORIGINAL["vae_z20"]),
         passed(z2, "val_elbo", ORIGINAL["vae_z2"]),
@@ -285,6 +294,8 @@ def remarks(results: dict[str, dict]) -> list[str]:
         "Frechet distance, precision and recall are of 10,000 samples (the VAE's: decoder means) against the test "
         "images, by `code/judge.py`, and can be compared only with values from the same judge. Real images: mean and "
         f"range of {results['judge']['floor']['count']} random draws of 10,000 training images.",
+        f"The GAN's distance over {results['gan']['over_seeds_and_noise']['count']} lots of noise, of all seeds: "
+        f"{every}; what differs by less is not better.",
         f"Validation values of the assignment's first solution: z of 20 {first[0]}, z of 2 {first[1]}, the flow "
         f"{first[2]}. Its VAEs used *static* binarisation, drawn once for each image, which is not quite comparable.",
         measured_on(results[run]["environment"] for run in NAMES),
@@ -348,10 +359,12 @@ def game_table(results: dict[str, dict]) -> str:
 
 def fresh_table(results: dict[str, dict]) -> str:
     """docs/gan.md's table of the new discriminator's losses, and what the last of them bounds."""
-    fresh = results["gan"]["result"]["fresh_discriminator"]
-    head = ["epochs of the new D", *map(str, range(len(fresh["loss"])))]
-    table = markdown(head, [["loss on unseen images", *(f"{loss:.3f}" for loss in fresh["loss"])]])
-    return f"{table}\n\nSo the divergence is at least {fresh['jsd_at_least']:.3f} nats, of log 2 = 0.693 at most."
+    of_runs = {"this run": results["gan"], "the assignment's settings": results["trials"]["gan_assignment_200"]}
+    fresh = {name: run["result"]["fresh_discriminator"] for name, run in of_runs.items()}
+    rows = [(name, *(f"{loss:.3f}" for loss in each["loss"])) for name, each in fresh.items()]
+    table = markdown(("its loss after epochs", *map(str, range(len(fresh["this run"]["loss"])))), rows)
+    bounds = " and ".join(f"{each['jsd_at_least']:.3f}" for each in fresh.values())
+    return f"{table}\n\nSo the divergences are at least {bounds} nats, of log 2 = 0.693 at most."
 
 
 def nearest_table(results: dict[str, dict]) -> str:
@@ -375,22 +388,20 @@ def flow_table(results: dict[str, dict]) -> str:
 
 def chosen_table(results: dict[str, dict]) -> str:
     """docs/gan.md's table of the GAN's settings, each named by the flags that differ from the assignment's run."""
-    runs = [content for name, content in results.items() if re.fullmatch(r"gan(_seed\d+)?", name)]
-    runs += results["trials"].values()
     base, rows = OFF | results["trials"]["gan_assignment_200"]["config"], []
+    runs = [*game_runs(results), *results["trials"].values()]
     for run in runs:
         config, verdict, last = OFF | run["config"], run["result"]["validation"], run["history"][-1]
         changed = [key for key in base if key not in UNNAMED and config[key] != base[key]]
         flags = " ".join(f"--{key.replace('_', '-')} {words(config[key])}" for key in changed)
-        measures = (f"{verdict['fid']:.1f}", f"{verdict['precision']:.2f}", f"{verdict['recall']:.2f}")
+        unseen = spread(run, "fid", 1, "over_noise") if "over_noise" in run else ""
+        measures = (f"{verdict['fid']:.1f}", unseen, f"{verdict['precision']:.2f}", f"{verdict['recall']:.2f}")
         named = f"`{flags}`" if flags else "none"
         rows.append((str(config["epochs"]), named, *measures, *(f"{last[key]:.2f}" for key in ("d_real", "d_fake"))))
-    head = ("epochs", "flags", "Frechet distance", "precision", "recall", "D on real", "D on generated")
-    lots, distances = results["gan"]["over_noise"]["count"], spread(results["gan"], "fid", 1, "over_noise")
-    noise = f"The distance of the report's run to the test images over {lots} lots of noise: {distances}."
+    head = ("epochs", "flags", "distance to validation images", "to test images", "precision", "recall")
     where = measured_on(run["environment"] for run in runs)
     rows.sort(key=lambda row: (-int(row[0]), row[1] != "none", row))
-    return f"{markdown(head, rows)}\n\n{noise} {where}"
+    return f"{markdown((*head, 'D on real', 'D on generated'), rows)}\n\n{where}"
 
 
 def words(value: object) -> str:

@@ -1,6 +1,7 @@
 """A training step as a CUDA graph: what of it can be tested on a CPU, and the rest where there is a GPU."""
 
 import contextlib
+import functools
 import types
 
 import pytest
@@ -189,6 +190,25 @@ def test_replays_leave_the_weights_that_plain_steps_do(script, monkeypatch, cuda
         for number in range(8):
             step(torch.arange(32, device=cuda) + number, number)
         left.append(parameters)
+    for one, other in zip(*left):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_two_sizes_of_batch_are_two_graphs(monkeypatch, cuda):
+    """As the GAN's game has them, one after the other, on the same networks."""
+    left = []
+    for warm_up in (3, 100):
+        monkeypatch.setattr(training.CapturedStep, "WARM_UP", warm_up)
+        torch.manual_seed(0)
+        images = torch.randint(256, (64, mnist.PIXELS), dtype=torch.uint8).to(cuda)
+        model = built(gan, *SMALL["gan"]).to(cuda)
+        plain = functools.partial(gan.training_step, model, gan.make_optimizers(model, 1e-3, (0.0, 0.999)), images)
+        torch.manual_seed(1)
+        for size in (16, 32):
+            step = training.CapturedStep(plain, cuda)
+            for number in range(8):
+                step(torch.arange(size, device=cuda) + number, 0.1)
+        left.append(list(model.state_dict().values()))
     for one, other in zip(*left):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 

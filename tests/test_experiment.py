@@ -320,13 +320,12 @@ def test_damaged_archives(train, out, folder):
         assert contents(out) == before
 
 
-def test_weights_that_are_older_than_a_flag_have_its_default(train, out):
+def test_weights_that_are_older_than_a_flag_are_refused(train, out):
     path = out / "weights/vae_z20.pt"
     archive = torch.load(path, weights_only=True)
     del archive["config"]["clip"]
     path.write_bytes(experiment.torch_bytes(archive))
-    assert train("--sample", "3")[0] == 0
-    fails(train("--sample", "3", "--clip", "3"), 2, "clip 500.0 there, 3.0 here")
+    fails(train("--sample", "3"), 2, "clip None there, 500.0 here")
 
 
 def test_checkpoint_of_another_script(train, out):

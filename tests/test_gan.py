@@ -440,8 +440,8 @@ def test_the_second_half_takes_larger_batches(tiny, tmp_path, monkeypatch):
 def test_batches_that_cannot_be_are_refused_in_one_line(tiny, tmp_path, capsys):
     for flags, words in (
         ("--batch-size=1", "batch norm"),
-        ("--batch-size=601 --growth=1", "601"),
-        ("--growth=11", "660"),
+        ("--batch-size=601 --growth=1", "601 times --growth 1 is more than the 600"),
+        ("--growth=11", "60 times --growth 11 is more than the 600"),
     ):
         assert gan.main([*SMALL["gan"], *flags.split(), "--out", str(tmp_path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
