@@ -363,7 +363,7 @@ def draw_losses(run: Run, fresh: list[float]) -> None:
     judged = [row for row in history if "val_fid" in row]
     if not history:
         return
-    fig, (*above, losses, outputs) = pictures.figure(5.2, 6.4 if judged else 4.6, rows=3 if judged else 2)
+    fig, (*above, losses, outputs) = pictures.figure(4.2, 5.8 if judged else 4.2, rows=3 if judged else 2)
     first, second, third = pictures.FIRST_COLOUR, pictures.SECOND_COLOUR, pictures.MARK_COLOUR
     lines = [
         (losses, history, "loss_d", math.log(4), "discriminator, less log 4", "-", first),
@@ -373,8 +373,7 @@ def draw_losses(run: Run, fresh: list[float]) -> None:
     ]
     if fresh[1:]:
         rows = [{"epoch": epoch, "loss_d": loss} for epoch, loss in enumerate(fresh)][1:]
-        label = "new discriminator, less log 4, after its own\nepochs against the finished generator"
-        lines.append((losses, rows, "loss_d", math.log(4), label, ".:", third))
+        lines.append((losses, rows, "loss_d", math.log(4), "new discriminator, less log 4", ".:", third))
     for distance in above:
         shares = distance.twinx()
         lines += [
@@ -382,7 +381,8 @@ def draw_losses(run: Run, fresh: list[float]) -> None:
             (shares, judged, "val_precision", 0, "precision", ".--", second),
             (shares, judged, "val_recall", 0, "recall", ".:", third),
         ]
-        distance.set(yscale="log", title=f"{PROBE:,} samples against validation images")
+        distance.set(yscale="log")
+        distance.set_title(f"{PROBE:,} samples against validation images", fontsize=10)
         distance.set_ylabel("Frechet distance", color=first)
         distance.yaxis.set_major_formatter("{x:g}")
         distance.yaxis.set_minor_formatter("")
@@ -391,7 +391,8 @@ def draw_losses(run: Run, fresh: list[float]) -> None:
         ax.plot([row["epoch"] for row in rows], [row[key] - less for row in rows], style, color=colour, label=label)
     for ax, value in ((losses, 0), (outputs, 0.5)):
         ax.axhline(value, color=third, linestyle=":", linewidth=1)
-    losses.set(ylabel="loss, nats", title="The game, mean over each epoch's steps")
+    losses.set(ylabel="loss, nats")
+    losses.set_title("The game, mean over each epoch's steps", fontsize=10)
     outputs.set(xlabel="epoch", ylabel="mean output of D", xscale="log")
     outputs.xaxis.set_major_formatter("{x:g}")
     for ax in (*above, losses, outputs):
