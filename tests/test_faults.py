@@ -465,7 +465,7 @@ def test_say_survives_any_stream(monkeypatch):
 
 @pytest.mark.parametrize(
     ("user", "expected"),
-    [({}, "20000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
 )
 def test_how_threads_wait_is_set_before_torch_and_only_if_the_user_has_not(tmp_path, user, expected):
     (tmp_path / "torch").mkdir()
