@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 # OpenMP's threads spin while they wait for each other, for milliseconds by default. On a busy machine the one that is
-# waited for may have no core, because the others spin on it. A short spin covers the pauses of a quiet machine.
+# waited for may have no core, because the others spin on it. A short spin costs a quiet machine little (docs/speed.md).
 SPIN = {"GOMP_SPINCOUNT": "1000"}  # of GNU's OpenMP, which PyTorch has on Linux; others do not read it
 
 

@@ -363,17 +363,17 @@ def draw_losses(run: Run, fresh: list[float]) -> None:
     judged = [row for row in history if "val_fid" in row]
     if not history:
         return
-    fig, (*above, losses, outputs) = pictures.figure(4.2, 5.8 if judged else 4.2, rows=3 if judged else 2)
+    fig, (*above, losses, outputs) = pictures.figure(8.4 if judged else 5.6, 2.6, columns=3 if judged else 2)
     first, second, third = pictures.FIRST_COLOUR, pictures.SECOND_COLOUR, pictures.MARK_COLOUR
     lines = [
-        (losses, history, "loss_d", math.log(4), "discriminator, less log 4", "-", first),
-        (losses, history, "loss_g", math.log(2), "generator, less log 2", "--", second),
+        (losses, history, "loss_d", math.log(4), "discriminator", "-", first),
+        (losses, history, "loss_g", math.log(2), "generator", "--", second),
         (outputs, history, "d_real", 0, "on real images", "-", first),
         (outputs, history, "d_fake", 0, "on generated images", "--", second),
     ]
     if fresh[1:]:
         rows = [{"epoch": epoch, "loss_d": loss} for epoch, loss in enumerate(fresh)][1:]
-        lines.append((losses, rows, "loss_d", math.log(4), "new discriminator, less log 4", ".:", third))
+        lines.append((losses, rows, "loss_d", math.log(4), "new discriminator", ".:", third))
     for distance in above:
         shares = distance.twinx()
         lines += [
@@ -381,8 +381,7 @@ def draw_losses(run: Run, fresh: list[float]) -> None:
             (shares, judged, "val_precision", 0, "precision", ".--", second),
             (shares, judged, "val_recall", 0, "recall", ".:", third),
         ]
-        distance.set(yscale="log")
-        distance.set_title(f"{PROBE:,} samples against validation images", fontsize=10)
+        distance.set(yscale="log", title=f"{PROBE:,} samples, validation images")
         distance.set_ylabel("Frechet distance", color=first)
         distance.yaxis.set_major_formatter("{x:g}")
         distance.yaxis.set_minor_formatter("")
@@ -391,11 +390,12 @@ def draw_losses(run: Run, fresh: list[float]) -> None:
         ax.plot([row["epoch"] for row in rows], [row[key] - less for row in rows], style, color=colour, label=label)
     for ax, value in ((losses, 0), (outputs, 0.5)):
         ax.axhline(value, color=third, linestyle=":", linewidth=1)
-    losses.set(ylabel="loss, nats")
-    losses.set_title("The game, mean over each epoch's steps", fontsize=10)
-    outputs.set(xlabel="epoch", ylabel="mean output of D", xscale="log")
-    outputs.xaxis.set_major_formatter("{x:g}")
+    losses.set(ylabel="loss, nats", title="Losses, less log 4 and log 2")
+    outputs.set(ylabel="mean output of D", title="D's mean outputs")
     for ax in (*above, losses, outputs):
+        ax.set(xlabel="epoch", xscale="log")
+        ax.title.set_fontsize(10)
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.grid(alpha=0.3)
     for ax in fig.axes:
         if ax not in above:
