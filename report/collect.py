@@ -294,8 +294,8 @@ def remarks(results: dict[str, dict]) -> list[str]:
         "Frechet distance, precision and recall are of 10,000 samples (the VAE's: decoder means) against the test "
         "images, by `code/judge.py`, and can be compared only with values from the same judge. Real images: mean and "
         f"range of {results['judge']['floor']['count']} random draws of 10,000 training images.",
-        f"The GAN's distance over {results['gan']['over_seeds_and_noise']['count']} lots of noise, of all seeds: "
-        f"{every}; what differs by less is not better.",
+        "The GAN's distance is of one lot of noise for each seed. Over "
+        f"{results['gan']['over_noise']['count']} for each it is {every}; smaller differences mean nothing.",
         f"Validation values of the assignment's first solution: z of 20 {first[0]}, z of 2 {first[1]}, the flow "
         f"{first[2]}. Its VAEs used *static* binarisation, drawn once for each image, which is not quite comparable.",
         measured_on(results[run]["environment"] for run in NAMES),
@@ -395,10 +395,10 @@ def chosen_table(results: dict[str, dict]) -> str:
         changed = [key for key in base if key not in UNNAMED and config[key] != base[key]]
         flags = " ".join(f"--{key.replace('_', '-')} {words(config[key])}" for key in changed)
         unseen = spread(run, "fid", 1, "over_noise") if "over_noise" in run else ""
-        measures = (f"{verdict['fid']:.1f}", unseen, f"{verdict['precision']:.2f}", f"{verdict['recall']:.2f}")
+        measures = (f"{verdict['fid']:.1f}", f"{verdict['precision']:.2f}", f"{verdict['recall']:.2f}", unseen)
         named = f"`{flags}`" if flags else "none"
         rows.append((str(config["epochs"]), named, *measures, *(f"{last[key]:.2f}" for key in ("d_real", "d_fake"))))
-    head = ("epochs", "flags", "distance to validation images", "to test images", "precision", "recall")
+    head = ("epochs", "flags", "distance to validation images", "precision", "recall", "distance to test images")
     where = measured_on(run["environment"] for run in runs)
     rows.sort(key=lambda row: (-int(row[0]), row[1] != "none", row))
     return f"{markdown((*head, 'D on real', 'D on generated'), rows)}\n\n{where}"
@@ -522,7 +522,7 @@ def beside_table(results: dict[str, dict]) -> str:
         (other, *(f"{each:,.0f}" for each in speeds.values()), f"{shares[other] * quiet:,.0f}")
         for other, speeds in measured.items()
     ]
-    return markdown(("beside it", *measured["nothing"], "a fair share"), rows)
+    return markdown(("beside it", "OpenMP's default", "the scripts' setting", "a fair share"), rows)
 
 
 if __name__ == "__main__":
