@@ -29,7 +29,6 @@ import judge
 import mnist
 import pictures
 import training
-from cli import UserError
 from experiment import Run, save_samples, seconds_per_1000
 from training import fixed_normal
 
@@ -194,7 +193,7 @@ def train(run: Run, model: GAN, data: mnist.Data) -> None:
     sizes = (args.batch_size, args.growth * args.batch_size)
     if sizes[1] > len(images):
         factors = f"--batch-size {args.batch_size} times --growth {args.growth}"
-        raise UserError(f"{factors} is more than the {len(images)} training images")
+        raise cli.UserError(f"{factors} is more than the {len(images)} training images")
     early, late = (mnist.steps_per_epoch(len(images), size) for size in sizes)
     judged_by = None if run.follows else judge.find(run, quiet=True)
     real = judge.described(judged_by, data.validation_images) if judged_by else None
@@ -235,19 +234,19 @@ def train(run: Run, model: GAN, data: mnist.Data) -> None:
 # Evaluation
 
 
-def evaluate(run: Run, model: GAN, data: mnist.Data, fresh: list[float]) -> dict:
+def evaluate(run: Run, model: GAN, data: mnist.Data, fresh: dict) -> dict:
     """The `result` of a trained model: the judge's verdict on samples against the test set, and what it leaves out.
 
     `validation` is the verdict on the same samples against the validation set, by which settings are chosen,
     `over_noise` that on other lots of noise, `unaveraged` that on what the generator draws with the weights of the last
-    step. `fresh`, from `fresh_losses`, ends in a bound on how far the generator is from the data. `nearest` has the
-    distances of samples to their nearest training images, and, to compare, of test images to theirs, each of every
-    other image.
+    step. `fresh`, from `fresh_discriminator`, has a bound on how far the generator is from the data. `nearest` has the
+    distances of samples to their nearest training images, and, to compare, of test images to theirs, both over every
+    second image.
     """
     images = sample(model.average, judge.JUDGED)
     result = {
         "seconds_per_1000_samples": seconds_per_1000(lambda n: sample(model.average, n), run.device),
-        "fresh_discriminator": {"loss": fresh, "jsd_at_least": max(0.0, (math.log(4) - fresh[-1]) / 2)},
+        "fresh_discriminator": fresh,
         "nearest": {name: centre(nearest(each[::2], data.images)[1]) for name, each in
                     (("samples", images), ("test_images", data.test_images))},
     }  # fmt: skip
@@ -263,13 +262,14 @@ def evaluate(run: Run, model: GAN, data: mnist.Data, fresh: list[float]) -> dict
     return result
 
 
-def fresh_losses(run: Run, model: GAN, data: mnist.Data) -> list[float]:
-    """L_D, in nats, of a new discriminator against the finished average: untrained, and after each --fresh-epochs.
+def fresh_discriminator(run: Run, model: GAN, data: mnist.Data) -> dict:
+    """How well a new discriminator, trained against the finished average, tells its images from real ones.
 
-    It is trained as the game trains, but with the common betas, as its opponent does not move, and it is measured in
-    evaluation mode on images that neither network has seen: the test set, and as many from noise of their own. As
-    V(D, G) <= 2 JSD - log 4 for every D, the Jensen-Shannon divergence of the generator's images and the data's is at
-    least (log 4 - L_D)/2.
+    `loss` is its L_D, in nats: untrained, and after each of --fresh-epochs. It is trained as the game trains, but with
+    the common betas, as its opponent does not move, and it is measured in evaluation mode on images that neither
+    network has seen: the test set, and as many from noise of their own. `own` is L_D of the game's own discriminator on
+    the very same. As V(D, G) <= 2 JSD - log 4 for every D, eq:every, the Jensen-Shannon divergence of the generator's
+    images and the data's is `jsd_at_least` = (log 4 - L_D)/2, up to that estimate's standard error, `jsd_se`.
     """
     torch.manual_seed(0)
     images, game = data.images.flatten(1), build(run.config).to(run.device)
@@ -277,6 +277,12 @@ def fresh_losses(run: Run, model: GAN, data: mnist.Data) -> list[float]:
     optimizer = training.adam(game.discriminator.parameters(), run.args.lr, betas=FRESH_BETAS)
     real = scaled(data.test_images.flatten(1))
     z = fixed_normal("fresh", len(real), model.z_dim).to(run.device)
+
+    @torch.inference_mode()
+    def logits(player: GAN) -> tuple[Tensor, Tensor]:
+        fake = (game.generate(part) for part in z.split(EVALUATION_BATCH))
+        return tuple(torch.cat([player.discriminate(x) for x in xs]) for xs in (real.split(EVALUATION_BATCH), fake))
+
     losses = []
     for epoch in range(run.args.fresh_epochs + 1):
         if epoch > 0:
@@ -288,13 +294,15 @@ def fresh_losses(run: Run, model: GAN, data: mnist.Data) -> list[float]:
                 x, (z_d, _) = draw_batch(images, index, model.z_dim)
                 discriminator_step(game, optimizer, x, z_d)
         game.eval()
-        with torch.inference_mode():
-            logits = (
-                torch.cat([game.discriminate(part) for part in real.split(EVALUATION_BATCH)]),
-                torch.cat([game.discriminate(game.generate(part)) for part in z.split(EVALUATION_BATCH)]),
-            )
-            losses.append(float(discriminator_loss(*logits)))
-    return losses
+        last = logits(game)
+        losses.append(float(discriminator_loss(*last)))
+    terms = F.softplus(-last[0]), F.softplus(last[1])
+    return {
+        "loss": losses,
+        "own": float(discriminator_loss(*logits(model))),
+        "jsd_at_least": max(0.0, (math.log(4) - losses[-1]) / 2),
+        "jsd_se": float(sum(each.var() / len(each) for each in terms).sqrt()) / 2,
+    }
 
 
 def centre(distances: Tensor) -> dict:
@@ -339,9 +347,9 @@ def panel(model: GAN) -> Tensor:
     return generated(model.average, z)
 
 
-def draw(run: Run, model: GAN, data: mnist.Data, fresh: list[float]) -> None:
+def draw(run: Run, model: GAN, data: mnist.Data, fresh: dict) -> None:
     """Draw curves and panels from the history and the frames, everything else from the weights."""
-    draw_losses(run, fresh)
+    draw_losses(run, fresh["loss"])
     frames = {**run.frames, run.args.epochs: panel(model)}
     for epoch in frames.keys() & run.panels(0, 0.01, 0.04, 0.5, 1):
         pictures.save_grid(run.figure(f"samples_{run.stamp(epoch)}"), frames[epoch], columns=SIDE)
@@ -449,7 +457,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = flags()
     args = parser.parse_args(argv)
     if args.batch_size < 2 * cli.processes() or args.settling == 1:
-        raise UserError("--batch-size or --settling: batch norm needs at least 2 images to a (process's) batch")
+        raise cli.UserError("--batch-size or --settling: batch norm needs at least 2 images to a (process's) batch")
     run = Run("gan", parser, args, evaluation=("fresh_epochs",))
     torch.manual_seed(args.seed)
     model = build(run.config).to(run.device).eval()
@@ -461,7 +469,7 @@ def main(argv: list[str] | None = None) -> None:
     data = mnist.load(args.dataset, args.data_dir, run.device)
     if not args.evaluate:
         train(run, model, data)
-    fresh = functools.cache(lambda: fresh_losses(run, model, data))
+    fresh = functools.cache(lambda: fresh_discriminator(run, model, data))
     run.finish(model, lambda: evaluate(run, model, data, fresh()), lambda: draw(run, model, data, fresh()))
 
 

@@ -28,6 +28,7 @@ DECIMALS = {  # of a value whose key has this word, the first that fits
     "elbo": 2, "nll": 2, "gap": 2, "bpd": 3, "accuracy": 4, "fid": 1, "precision": 3, "recall": 3,
     "reconstruction": 1, "excess": 1, "percent": 2, "carlo": 3, "bias": 3, "rms": 3,
     "ratio": 4, "posterior": 1, "loss": 3, "real": 3, "fake": 3, "median": 2, "percentile": 2,
+    "own": 3, "jsd": 4,
 }  # fmt: skip
 
 COMMANDS = {  # script -> run -> command, as in the scripts' docstrings
@@ -72,7 +73,8 @@ def collect(root: Path) -> dict[Path, str]:
         if "history" in content:
             same = [each for name, each in results.items() if re.fullmatch(rf"{run}(_seed\d+)?", name)]
             content["seeds"] = over_seeds(same)
-    results["judge"]["floor"] = ranges(results["judge"]["result"]["floor"]["draws"])
+    for floor in ("floor", "floor_validation"):
+        results["judge"][floor] = ranges(results["judge"]["result"][floor]["draws"])
     games = game_runs(results)
     for content in (*games, *results["trials"].values()):
         if lots := content["result"].get("over_noise"):
@@ -363,8 +365,14 @@ def fresh_table(results: dict[str, dict]) -> str:
     fresh = {name: run["result"]["fresh_discriminator"] for name, run in of_runs.items()}
     rows = [(name, *(f"{loss:.3f}" for loss in each["loss"])) for name, each in fresh.items()]
     table = markdown(("its loss after epochs", *map(str, range(len(fresh["this run"]["loss"])))), rows)
-    bounds = " and ".join(f"{each['jsd_at_least']:.3f}" for each in fresh.values())
-    return f"{table}\n\nSo the divergences are at least {bounds} nats, of log 2 = 0.693 at most."
+    bounds = " and ".join(
+        f"{each['jsd_at_least']:.3f} (standard error {each['jsd_se']:.4f})" for each in fresh.values()
+    )
+    own = " and ".join(f"{each['own']:.3f}" for each in fresh.values())
+    return (
+        f"{table}\n\nSo the divergences are at least {bounds} nats, of log 2 = 0.693 at most. On the same images the "
+        f"games' own discriminators have losses of {own}."
+    )
 
 
 def nearest_table(results: dict[str, dict]) -> str:
@@ -387,7 +395,10 @@ def flow_table(results: dict[str, dict]) -> str:
 
 
 def chosen_table(results: dict[str, dict]) -> str:
-    """docs/gan.md's table of the GAN's settings, each named by the flags that differ from the assignment's run."""
+    """docs/gan.md's table of the GAN's settings, each named by the flags that differ from the assignment's run.
+
+    Its first row has what random draws of real images get.
+    """
     base, rows = OFF | results["trials"]["gan_assignment_200"]["config"], []
     runs = [*game_runs(results), *results["trials"].values()]
     for run in runs:
@@ -401,6 +412,8 @@ def chosen_table(results: dict[str, dict]) -> str:
     head = ("epochs", "flags", "distance to validation images", "precision", "recall", "distance to test images")
     where = measured_on(run["environment"] for run in runs)
     rows.sort(key=lambda row: (-int(row[0]), row[1] != "none", row))
+    floor = (spread(results["judge"], key, decimals, "floor_validation") for key, decimals in zip(MEASURES, (1, 2, 2)))
+    rows.insert(0, ("", "real images", *floor, spread(results["judge"], "fid", MEASURES["fid"], "floor"), "", ""))
     return f"{markdown((*head, 'D on real', 'D on generated'), rows)}\n\n{where}"
 
 
@@ -467,7 +480,7 @@ def ceiling_table(results: dict[str, dict]) -> str:
         f"Medians of {results['bench']['rounds']} rounds. The couplings of the flow prior make a step of `vae_best` "
         f"{slower:.2f} times as long. {measured_on(bench['environment'] for bench, _ in measured)}"
     )
-    return f"{markdown(head, rows)}\n\n{where}{'' if 'bench_cuda' in results else ' On a GPU: not measured.'}"
+    return f"{markdown(head, rows)}\n\n{where}"
 
 
 def races_table(results: dict[str, dict]) -> str:
@@ -512,9 +525,7 @@ def growth_table(results: dict[str, dict]) -> str:
 
 def beside_table(results: dict[str, dict]) -> str:
     """docs/speed.md's table of training beside other work."""
-    measured = results["bench"].get("beside")
-    if not measured:
-        return "Not measured yet (`make bench`)."
+    measured = results["bench"]["beside"]
     cores = results["bench"]["environment"]["threads"]
     shares = {"nothing": 1.0, "a busy process": cores / (cores + 1), "another training": 0.5}
     quiet = measured["nothing"]["as OpenMP's default"]

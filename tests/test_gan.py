@@ -262,16 +262,26 @@ def test_a_fresh_discriminator_finds_what_is_there_to_find(tmp_path):
         model.average[-2].bias.fill_(-20)
     same = torch.zeros(600, 28, 28, dtype=torch.uint8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    losses = gan.fresh_losses(run, model, mnist.Data(same, torch.zeros(600), same[:100], torch.zeros(100), 100))
+
+    def found(images: torch.Tensor, test_images: torch.Tensor) -> dict:
+        labels = torch.zeros(len(images)), torch.zeros(len(test_images))
+        return gan.fresh_discriminator(run, model, mnist.Data(images, labels[0], test_images, labels[1], 100))
+
+    losses = found(same, same[:100])["loss"]
     assert len(losses) == 4 and losses[-1] == pytest.approx(math.log(4), abs=1e-3)
     other = 255 - same
-    losses = gan.fresh_losses(run, model, mnist.Data(other, torch.zeros(600), other[:100], torch.zeros(100), 100))
-    assert losses[0] == pytest.approx(math.log(4), abs=0.3) and losses[-1] < 0.1
+    whites = found(other, other[:100])["loss"]
+    assert whites[0] == pytest.approx(math.log(4), abs=0.3) and whites[-1] < 0.1
     mixed = torch.cat((same[:100], other[:100]))  # half of the unseen real images look generated
-    losses = gan.fresh_losses(run, model, mnist.Data(other, torch.zeros(600), mixed, torch.zeros(200), 100))
-    assert losses[-1] > 1
+    fresh = found(other, mixed)
+    assert fresh["loss"][-1] > 1 and fresh == found(other, mixed)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert losses == gan.fresh_losses(run, model, mnist.Data(other, torch.zeros(600), mixed, torch.zeros(200), 100))
+    with torch.no_grad():  # the game's own discriminator, on black images and on white ones
+        black, white = (model.discriminate(torch.full((1, 784), grey)) for grey in (-1.0, 1.0))
+    own = (F.softplus(-black) + F.softplus(-white)) / 2 + F.softplus(black)
+    assert fresh["own"] == pytest.approx(own.item(), rel=1e-5)
+    blacks = found(other, same[:100])["loss"]  # by the same discriminator, so the deviation of both is known
+    assert fresh["jsd_se"] == pytest.approx((blacks[-1] - whites[-1]) / 2 / math.sqrt(200 - 1) / 2, rel=1e-4)
 
 
 def test_the_losses_are_drawn_as_deviations(tmp_path, monkeypatch):
@@ -294,7 +304,8 @@ def test_the_losses_are_drawn_as_deviations(tmp_path, monkeypatch):
     for row in run.history:
         row.pop("val_fid", None)
     gan.draw_losses(run, [2.0])
-    gan.draw_losses(run, []) if run.history.clear() else None
+    run.history.clear()
+    gan.draw_losses(run, [])  # of no history, nothing
     with_judge, without = figures
     distance, losses, outputs, shares = with_judge.axes
     drawn = [[line.get_xydata().round(6).tolist() for line in ax.lines] for ax in (distance, losses, shares)]
@@ -325,7 +336,7 @@ def test_interpolation_is_between_classes_that_the_judge_is_sure_of(monkeypatch,
         assert (found != other).all() and (sure > 6.75).all() and (sure_too > 6.75).all()
 
 
-def test_what_a_run_leaves(finished):
+def test_what_a_run_leaves(finished, tiny):
     out = finished("gan")
     names = {name.removeprefix("figures/") for name in contents(out) if name.startswith("figures/")}
     panels = {f"gan_samples_epoch{epoch:02d}.png" for epoch in (0, 1, 2)}
@@ -344,7 +355,13 @@ def test_what_a_run_leaves(finished):
     assert len({each["fid"] for each in result["over_noise"]}) == gan.NOISES
     last = result["fresh_discriminator"]["loss"][-1]
     assert result["fresh_discriminator"]["jsd_at_least"] == pytest.approx(max(0, (math.log(4) - last) / 2))
-    assert set(result["nearest"]) == {"samples", "test_images"}
+    model = built(gan).eval()
+    model.load_state_dict(torch.load(out / "weights" / "gan.pt", weights_only=True)["model"])
+    samples = gan.sample(model.average, judge.JUDGED)
+    assert result["nearest"] == {
+        name: gan.centre(gan.nearest(images[::2], tiny.images)[1])
+        for name, images in (("samples", samples), ("test_images", tiny.test_images))
+    }
 
 
 def test_the_judge_looks_at_some_epochs_and_the_last(tiny, tmp_path, monkeypatch):
