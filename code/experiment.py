@@ -138,6 +138,14 @@ def load_state(model: nn.Module, archive: dict, path: Path, what: str) -> None:
         raise UserError(f"{what} {path} is of another network than this program's") from None
 
 
+def trained(path: Path, build: Callable[[dict], nn.Module], advice: str = "delete it, and train again") -> nn.Module:
+    """The model of a run's weights, in evaluation mode; `build` takes a config. Raises UserError as the two above."""
+    archive = load_archive(path, "the weights", advice)
+    model = build(archive["config"])
+    load_state(model, archive, path, "the weights")
+    return model.eval()
+
+
 def mismatch(archive: dict, name: str, config: dict, but_for: tuple[str, ...] = ()) -> str:
     """How a run's archive differs from the run `name` with this config, `but_for` some keys; "" if it does not."""
     theirs = archive.get("config")

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+import experiment
+import judge
 import nf
 from cli import RunError
 from conftest import COSTS, ROOT, SMALL, VERDICT, built, contents, result_of
@@ -302,6 +304,20 @@ def test_learned_noise_has_a_density_that_is_autograds_and_integrates_to_one():
     assert torch.trapezoid(q, u[:, 0, 0]).item() == pytest.approx(1, abs=1e-3)
 
 
+def test_learned_noise_is_of_the_image_around_it():
+    """A pixel moves the noise of all pixels within three 2 x 2 blocks of its own, and of no others."""
+    dequantiser = perturbed(nf.Dequantiser(5), by=0.2)
+    generator = torch.Generator().manual_seed(0)
+    images, noise = 255 * torch.rand(1, 28, 28, generator=generator), torch.rand(1, 28, 28, generator=generator)
+    images, noise = images.floor().double(), noise.double()
+    other = images.clone()
+    other[0, 9, 16] += 100
+    moved = (dequantiser(images, noise)[0] != dequantiser(other, noise)[0])[0]
+    expected = torch.zeros(28, 28, dtype=torch.bool)
+    expected[2:16, 10:24] = True  # blocks 4 - 3 to 4 + 3 and 8 - 3 to 8 + 3
+    assert torch.equal(moved, expected)
+
+
 def test_learned_noise_starts_uniform_and_is_finite_at_its_ends():
     flow = built(nf, "--hidden", 5).double()
     with torch.no_grad():  # perturb all but the dequantiser
@@ -392,15 +408,17 @@ def test_samples_are_rounded_down(monkeypatch):
 
 
 def test_real_images_survive_the_round_trip_through_the_trained_weights(data):
-    """Within half a grey level, in float32."""
-    archive = torch.load(ROOT / "weights" / "nf.pt", weights_only=True)
-    model = nf.build(archive["config"])
-    model.load_state_dict(archive["model"])
+    """Within half a grey level, in float32; and the ends of the interpolation's paths are the very images."""
+    model = experiment.trained(ROOT / "weights" / "nf.pt", nf.build)
     images = data.test_images[:20]
     with torch.inference_mode():
         v, _ = nf.dequantise(model, images, torch.rand(images.shape, generator=torch.Generator().manual_seed(0)))
         again = model.inverse(model(v)[0])
     assert (again - v).abs().max() < 0.5
+    ends = torch.cat(nf.different_pairs(data))
+    with torch.inference_mode():
+        v, _ = nf.dequantise(model, *nf.evaluation_set(ends, "interpolation"))
+        assert torch.equal(nf.decoded(model, model(v)[0]), ends)
 
 
 def test_what_a_run_leaves(finished, tiny, tmp_path, capsys):
@@ -423,6 +441,10 @@ def test_what_a_run_leaves(finished, tiny, tmp_path, capsys):
         ("0.7", "0.8", "0.9"), VERDICT
     )
     assert result["test_bpd_iw"] < result["test_bpd"]
+    model, judged_by = experiment.trained(out / "weights" / "nf.pt", nf.build), judge.load(torch.device("cpu"))
+    for temperature, verdict in {"1": result, **result["at_temperature"]}.items():
+        samples = nf.sample(model, judge.JUDGED, float(temperature))
+        assert judge.verdict(judged_by, samples, tiny.test_images) == {key: verdict[key] for key in VERDICT}
     flags = [*SMALL["nf"], "--out", str(out)]
     assert nf.main([*flags, "--sample", "23"]) == 0
     images = np.load(out / "figures" / "nf_samples.npz")["images"]
@@ -453,6 +475,19 @@ def test_a_gradient_that_is_not_finite_is_an_error_with_its_place(tiny, tmp_path
     assert nf.main([*SMALL["nf"], "--out", str(tmp_path)]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "diverged" in line]
     assert "gradient_norm" in line and "epoch 2 at step 3 of 10" in line
+
+
+def test_a_step_descends_the_bound_that_is_reported():
+    model, images, index = small(4).float(), torch.randint(256, (4, 28, 28), dtype=torch.uint8), torch.arange(4)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    torch.manual_seed(3)
+    expected = nf.bits_per_dim(nf.bound(model, *nf.draw_batch(images, index))).mean()
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    torch.manual_seed(3)
+    loss, _ = nf.training_step(model, torch.optim.SGD(model.parameters(), lr=1.0), images, index, clip=1e9)
+    torch.testing.assert_close(loss, expected)
+    for parameter, old, gradient in zip(model.parameters(), before, gradients):
+        torch.testing.assert_close(old - parameter, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_is_clipped():
