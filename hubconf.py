@@ -45,9 +45,7 @@ def _model(script: str, run: str, pretrained: bool, *flags: str) -> nn.Module:
         module = importlib.import_module(script)
         path = _ROOT / "weights" / f"{run}.pt"
         if pretrained:
-            archive = experiment.load_archive(path, "the weights", "get the repository again (force_reload=True)")
-            model = module.build(archive["config"])
-            experiment.load_state(model, archive, path, "the weights")
+            model = experiment.trained(path, module.build, "get the repository again (force_reload=True)")
         else:
             model = module.build(cli.settings(module.flags().parse_args(flags)))
     model.sample = functools.partial(module.sample, model.average if script == "gan" else model)

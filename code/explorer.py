@@ -309,10 +309,7 @@ def load(run: str) -> nn.Module:
     if run == "judge":
         return judge.load(torch.device("cpu")).eval()
     path = ROOT / "weights" / f"{run}.pt"
-    archive = experiment.load_archive(path, "the weights", f"restore them with: git checkout weights/{run}.pt")
-    model = MODULES[run].build(archive["config"]).eval()
-    experiment.load_state(model, archive, path, "the weights")
-    return model.double()
+    return experiment.trained(path, MODULES[run].build, f"restore them with: git checkout weights/{run}.pt").double()
 
 
 def facts(models: dict[str, nn.Module], data: mnist.Data) -> dict:

@@ -38,7 +38,7 @@ MEASURES = ("fid", "precision", "recall")
 NEIGHBOURS = 3  # of which the farthest sets an image's radius
 JUDGED = 10_000  # samples of a model
 DRAWS = 5  # of real images, for the floor
-SURE = 0.85  # of its confidence in real images the judge has in all digits, if only the worst models' (0.87 and more)
+SURE = 0.85  # of its confidence in real images; less brings a warning (digits of the worst model here have 0.87)
 FEWEST = 1000  # samples that a file may hold: fewer say little
 BLOCK = 100  # images at once, in evaluation: small enough to stay in the cache
 
@@ -294,7 +294,7 @@ def floor_rows(n: int, floor: dict) -> str:
     return "\n".join(lines)
 
 
-def measure_floors(data: mnist.Data, device: torch.device, out: Path, dataset: str | Path = "mnist") -> None:
+def measure_floors(data: mnist.Data, device: torch.device, out: Path, dataset: str | Path) -> None:
     """Put the floors of the judge that is there into its JSON."""
     name = name_of(dataset)
     path = out / "figures" / f"{name}.json"
@@ -310,7 +310,7 @@ def measure_floors(data: mnist.Data, device: torch.device, out: Path, dataset: s
     experiment.write(path, experiment.json_bytes(content))
 
 
-def train_and_save(data: mnist.Data, device: torch.device, out: Path, dataset: str | Path = "mnist") -> None:
+def train_and_save(data: mnist.Data, device: torch.device, out: Path, dataset: str | Path) -> None:
     """Train the judge, and write its weights and its JSON in figures/."""
     name = name_of(dataset)
     path = experiment.folder(out / "weights") / f"{name}.pt"

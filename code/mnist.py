@@ -2,7 +2,7 @@
 
 Of MNIST 50,000 training, 10,000 validation (the last sixth of the training images) and 10,000 test images. Every
 file's unpacked content is checked by MD5 each time it is read, wherever it came from. Anybody's images come from an
-.npz, a folder of IDX files or a folder of pictures; how they are split says docs/data.md.
+.npz, a folder of IDX files or a folder of pictures; docs/data.md says how they are split.
 """
 
 import contextlib

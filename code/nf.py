@@ -30,7 +30,7 @@ import training
 from experiment import Run, log_mean_exp, save_samples, seconds_per_1000
 from training import fixed_generator, fixed_normal
 
-EVALUATION_IMAGES = 10_000  # of the training images; validation and test have as many
+EVALUATION_IMAGES = 10_000  # of the training images, or all if there are fewer
 EVALUATION_BATCH = 250
 INTERPOLATIONS, POINTS = 8, 9  # rows, and images in a row, both ends included
 TEMPERATURES = (0.7, 0.8, 0.9)  # of samples, besides 1
@@ -242,7 +242,10 @@ class Flow(nn.Module):
         self.to(memory_format=torch.channels_last)  # on a CPU, convolutions are faster on it
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (batch, side, side), side a multiple of 2^(levels/2), to z (batch, side^2) and ladj, (batch,)."""
+        """Images (batch, side, side) to z (batch, side^2) and ladj, (batch,).
+
+        side: a multiple of 2^((levels + 1) // 2).
+        """
         y, ladj_logit = to_logits(v, self.shrink)
         ladj = ladj_logit.flatten(1).sum(1)
         rest, done = y.unsqueeze(1), []

@@ -53,14 +53,14 @@ def save_grid(path: Path, images: Tensor, columns: int, scale: int = 4) -> None:
     write(path.with_suffix(".png"), buffer.getvalue())
 
 
-def save_gif(path: Path, pictures: Sequence[np.ndarray], milliseconds: int = 150, hold: int = 2000) -> None:
-    """Write (height, width) uint8 pictures as an endless GIF in 16 greys, the last for `hold` ms; of none, nothing."""
+def save_gif(path: Path, pictures: Sequence[np.ndarray], milliseconds: int = 150) -> None:
+    """Write (height, width) uint8 pictures as an endless GIF in 16 greys, the last for 2 s; of none, nothing."""
     from PIL import Image
 
     greys = [Image.fromarray((np.round(picture / 17) * 17).astype(np.uint8)) for picture in pictures]
     if greys:
         buffer = io.BytesIO()
-        durations = [milliseconds] * (len(greys) - 1) + [hold]
+        durations = [milliseconds] * (len(greys) - 1) + [2000]
         greys[0].save(buffer, "GIF", save_all=True, append_images=greys[1:], duration=durations, loop=0)
         write(path.with_suffix(".gif"), buffer.getvalue())
 

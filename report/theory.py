@@ -980,13 +980,6 @@ def q3_8_yardsticks(data: mnist.Data) -> dict:
 # Diagrams
 
 
-def draw_diagrams(out: Path) -> None:
-    """theory_pyramid, theory_reparameterised and theory_paths: what the report explains by a drawing."""
-    draw_pyramid(out)
-    draw_reparameterised(out)
-    draw_paths(out)
-
-
 def pyramid(side: int, levels: int) -> list[np.ndarray]:
     """What a pixel of a (side, side) image is to each level of the flow: 0 seen, 1 transformed, 2 done before.
 
@@ -1116,10 +1109,7 @@ def trained(name: str, build: Callable[[dict], nn.Module]) -> nn.Module:
     path = ROOT / "weights" / f"{name}.pt"
     if not path.exists():
         raise UserError(f"no weights at {path}: train them with: {TRAINED_BY[name]}")
-    archive = experiment.load_archive(path, "the weights")
-    model = build(archive["config"])
-    experiment.load_state(model, archive, path, "the weights")
-    return model.eval()
+    return experiment.trained(path, build)
 
 
 def flags() -> cli.Parser:
@@ -1162,12 +1152,14 @@ def main(argv: list[str] | None = None) -> None:
     }
     answers, seconds = {}, {}
     pictures.STYLE.update(REPORT_TYPE)
-    draw_diagrams(out)
+    draw_pyramid(out)
+    draw_reparameterised(out)
+    draw_paths(out)
     for name, question in questions.items():
         begin = time.process_time()  # of all threads: other programs do not count
         answers[name] = question()
         seconds[name] = time.process_time() - begin
-        print(f"{name}  {seconds[name]:.1f} s", flush=True)
+        cli.say(f"{name}  {seconds[name]:.1f} s")
     weights = {
         f"{name}_sha256": hashlib.sha256((ROOT / "weights" / f"{name}.pt").read_bytes()).hexdigest()
         for name in TRAINED_BY

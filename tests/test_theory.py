@@ -449,7 +449,7 @@ def test_q3_4_stretched_noise_has_its_density():
 
 
 def test_q3_8_yardsticks_are_codes(data):
-    """Against scipy-free formulas on few images; a file must hold what it is charged for."""
+    """Against plain formulas on few images; a file must hold what it is charged for."""
     few = mnist.Data(data.images[:10_300], data.labels[:10_300], data.test_images[:100], data.test_labels[:100], 10_000)
     train = few.train_images.flatten(1).double()
     assert len(train) > 100
