@@ -306,6 +306,7 @@ def test_learned_noise_has_a_density_that_is_autograds_and_integrates_to_one():
 
 def test_learned_noise_is_of_the_image_around_it():
     """A pixel moves the noise of all pixels within three 2 x 2 blocks of its own, and of no others."""
+    torch.manual_seed(0)
     dequantiser = perturbed(nf.Dequantiser(5), by=0.2)
     generator = torch.Generator().manual_seed(0)
     images, noise = 255 * torch.rand(1, 28, 28, generator=generator), torch.rand(1, 28, 28, generator=generator)
