@@ -413,8 +413,9 @@ def chosen_table(results: dict[str, dict]) -> str:
     head = ("epochs", "flags", "distance to validation images", "precision", "recall", "distance to test images")
     where = measured_on(run["environment"] for run in runs)
     rows.sort(key=lambda row: (-int(row[0]), row[1] != "none", row))
-    floor = (spread(results["judge"], key, decimals, "floor_validation") for key, decimals in zip(MEASURES, (1, 2, 2)))
-    rows.insert(0, ("", "real images", *floor, spread(results["judge"], "fid", MEASURES["fid"], "floor"), "", ""))
+    validation, test = (spread(results["judge"], "fid", 1, floor) for floor in ("floor_validation", "floor"))
+    shares = (f"{results['judge']['floor_validation'][key]['mean']:.2f}" for key in ("precision", "recall"))
+    rows.insert(0, ("", "real images", validation, *shares, test, "", ""))
     return f"{markdown((*head, 'D on real', 'D on generated'), rows)}\n\n{where}"
 
 

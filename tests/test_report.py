@@ -252,6 +252,7 @@ def test_numbers_follow_the_json(checkout):
             "2 computations took 42 s of processor time, the longest 40. Measured on C_1 & D, 2 threads, torch T.",
         ),
         "docs/gan.md": (
+            "|  | real images | 1.5 (1.0 to 2.0) | 0.90 | 0.80 | 1.5 (1.0 to 2.0) |  |  |\n"
             "| 200 | none | 20.1 | 0.75 | 0.62 | 20.0 (19.0 to 20.9) | 0.60 | 0.40 |\n"
             "| 200 | `--growth 4` | 20.1 | 0.75 | 0.62 | 20.0 (19.0 to 20.9) | 0.60 | 0.40 |\n"
             "| 20 | `--growth 2` | 20.1 | 0.75 | 0.62 | 20.0 (19.0 to 20.9) | 0.60 | 0.40 |\n"
