@@ -284,7 +284,7 @@ def remarks(results: dict[str, dict]) -> list[str]:
     )
     return [
         f"In brackets the range over {z20['seeds']['count']} seeds, after their mean; all else, with all times, is of "
-        "seed 0.",
+        f"seed 0. {measured_on(results[run]['environment'] for run in NAMES)}",
         "Nats: -log p(x) of a test image, its pixels binarised *dynamically*; z of 20 by "
         f"{z20['result']['importance_samples']:,} importance samples, z of 2 by quadrature, the flow prior (z of "
         f"{best['config']['z_dim']}) by {best['result']['importance_samples']:,} (standard errors over images, "
@@ -292,16 +292,14 @@ def remarks(results: dict[str, dict]) -> list[str]:
         f"Test ELBO {spread(z20, 'test_elbo', 2)}, {spread(z2, 'test_elbo', 2)}, "
         f"{spread(best, 'test_elbo', 2)}.",
         f"Bits per dimension of the 8-bit grey values, {flow['importance_samples']} draws of the noise; with one "
-        f"{spread(results['nf'], 'test_bpd', 3)}. Bits of grey values and nats of binary ones cannot be compared.",
+        f"{spread(results['nf'], 'test_bpd', 3)}. They do not compare with nats of binary pixels.",
         "Frechet distance, precision and recall are of 10,000 samples (the VAE's: decoder means) against the test "
         "images, by `code/judge.py`, and can be compared only with values from the same judge. Real images: mean and "
         f"range of {results['judge']['floor']['count']} random draws of 10,000 training images.",
         "The GAN's distance is of one lot of noise for each seed. Over "
         f"{results['gan']['over_noise']['count']} for each it is {every}; smaller differences mean nothing.",
         f"Validation values of the assignment's first solution, and when ours passed them: z of 20 {first[0]}, z of 2 "
-        f"{first[1]}, the flow {first[2]}. Its VAEs used *static* binarisation, drawn once for each image, which is "
-        "not quite comparable.",
-        measured_on(results[run]["environment"] for run in NAMES),
+        f"{first[1]}, the flow {first[2]}. Its VAEs' images were binarised once for all, which is not quite comparable.",
     ]
 
 
