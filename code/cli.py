@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -155,10 +156,15 @@ def on_stop(hint: str) -> None:
             signal.signal(signum, stop)
 
 
+def typed(command: Sequence[str]) -> str:
+    """A command as it is typed into this system's shell."""
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+
+
 def hint_at_resuming() -> None:
     """From now on a stopped run says which command goes on from its checkpoint."""
     command = [sys.executable, *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"])
-    how = f": {shlex.join(command)}" if processes() == 1 else " the same command and --resume"
+    how = f": {typed(command)}" if processes() == 1 else " the same command and --resume"
     on_stop(f"go on from the last checkpoint with{how}")
 
 
@@ -217,6 +223,7 @@ positive_int = _number(int, lambda n: 1 <= n < 2**63, "a whole number from 1 to 
 layers = _number(int, lambda n: 1 <= n <= 1000, "a whole number from 1 to 1,000")
 positive_float = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 up to, but not including, 1")
+open_fraction = _number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
 
 
 def path(text: str) -> Path:
@@ -322,10 +329,17 @@ def device(name: str) -> torch.device:
     `auto` passes over one that PyTorch sees and cannot use, as where it has no kernels for an older GPU.
     """
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here["mps"] &= processes() == 1  # gloo has no way for its tensors
     candidates = [each for each, available in here.items() if available and name in (each, "auto")]
     if not candidates:
-        raise UserError(f"--device {name}: PyTorch sees no such device here; use --device auto or cpu")
+        several = " for several processes" if processes() > 1 else ""
+        raise UserError(f"--device {name}: PyTorch sees no such device here{several}; use --device auto or cpu")
     for each in candidates:
+        if each == "cuda" and processes() > 1:  # before the probe, which would put every process on the first GPU
+            wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+            if wanted > there:
+                raise UserError(f"{there} GPUs here are too few for {wanted} processes: fewer, or --device cpu")
+            torch.cuda.set_device(local_rank())
         try:
             torch.ones(1, device=each).add(1).item()
         except RuntimeError as error:
@@ -336,11 +350,6 @@ def device(name: str) -> torch.device:
         else:
             name = each
             break
-    if name == "cuda" and processes() > 1:
-        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if wanted > there:
-            raise UserError(f"--device cuda: {there} GPUs here are too few for {wanted} processes")
-        torch.cuda.set_device(local_rank())
     if name == "cuda":  # TF32 would keep 10 bits of float32's 23, and cuDNN may add up in any order
         for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
             products.fp32_precision = "ieee"

@@ -1,11 +1,8 @@
-"""A run: its files, its checkpoint, its results. What a script's `main` and `train` spell out is
+"""A run: its files, its checkpoint, its results.
 
-    run = Run("name", parser, args)              # folders; where a trial must not overwrite a result, out/
-    run.start(model=model, optimizer=optimizer)  # afresh, or with --resume from the checkpoint
-    for epoch in range(run.first_epoch, args.epochs + 1):  # 0 is before training
-        ...
-        run.record(epoch, figure_of_merit=...)   # a row of the history, and the checkpoint
-    run.finish(model, evaluate)                  # weights, then JSON
+A script's `main` makes a `Run`. Its `train` lets it `start`, goes through its `steps` from `first_epoch` on, 0 being
+before training, and has it `record` each epoch: a row of the history, and the checkpoint. `main` ends with `finish`:
+pictures, weights, JSON.
 
 Every file is made whole in memory and written by `write`, so that a killed run leaves old files or new ones.
 """
@@ -67,7 +64,9 @@ def write(path: Path, content: bytes) -> None:
                     raise
         os.replace(temporary, path)
     except OSError as error:
-        advice = "make room, then run again (a training with --resume)"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        first = "make room" if full else "see that it may be written and no other program has it open"
+        advice = f"{first}, then run again (a training with --resume)"
         raise RunError(f"cannot write {path} ({error.strerror}); what was there is untouched: {advice}") from None
     finally:
         with contextlib.suppress(OSError):
@@ -138,11 +137,24 @@ def load_state(model: nn.Module, archive: dict, path: Path, what: str) -> None:
         raise UserError(f"{what} {path} is of another network than this program's") from None
 
 
-def trained(path: Path, build: Callable[[dict], nn.Module], advice: str = "delete it, and train again") -> nn.Module:
-    """The model of a run's weights, in evaluation mode; `build` takes a config. Raises UserError as the two above."""
-    archive = load_archive(path, "the weights", advice)
-    model = build(archive["config"])
-    load_state(model, archive, path, "the weights")
+def committed(run: str, build: Callable[[dict], nn.Module]) -> nn.Module:
+    """The model of a run's weights in the repository, in evaluation mode. Raises UserError as `trained`."""
+    return trained(cli.ROOT / "weights" / f"{run}.pt", build, f"restore them with: git checkout weights/{run}.pt")
+
+
+def trained(path: Path, build: Callable[[dict], nn.Module], advice: str) -> nn.Module:
+    """The model of a run's weights, in evaluation mode; `build` takes a config.
+
+    Raises UserError with this advice if there are none, or they are damaged or of another program than this.
+    """
+    if not path.exists():
+        raise UserError(f"no weights at {path}: {advice}")
+    archive = load_archive(path, "the weights file", advice)
+    try:
+        model = build(archive["config"])
+    except (KeyError, TypeError):
+        raise UserError(f"the weights file {path} is of another version of this program: {advice}") from None
+    load_state(model, archive, path, "the weights file")
     return model.eval()
 
 
@@ -268,6 +280,7 @@ class Run:
         self.history: list[dict] = []
         self.frames: dict[int, Tensor] = {}  # epoch -> images (n, 28, 28) uint8, for pictures through the training
         self.peak_memory: float | None = None  # MiB, over all the processes that worked on the run
+        self.kept: Path | None = None  # what a long evaluation has so far
         changed = {key: value for key, value in self.config.items() if value != parser.get_default(key)}
         self.out = args.out or (ROOT if changed in report else ROOT / "out")
         if not args.out and changed not in report:
@@ -432,7 +445,7 @@ class Run:
     def _finish(self, model: nn.Module, evaluate: Callable[[], dict]) -> None:
         if self.args.evaluate:
             cli.tell(_result_bytes(evaluate()).decode().rstrip())
-            self.unfinished(model).unlink(missing_ok=True)
+            self._forget()
             return
         weights = weights_bytes(self.name, self.config, model)
         sha256 = hashlib.sha256(weights).hexdigest()
@@ -447,7 +460,12 @@ class Run:
         content |= {"result": result, "weights_sha256": sha256}
         write(self.out / "weights" / f"{self.name}.pt", weights)
         write(self.out / "figures" / f"{self.name}.json", _result_bytes(content))
-        self.unfinished(model).unlink(missing_ok=True)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Remove what a long evaluation, done by now, has kept."""
+        if self.kept:
+            self.kept.unlink(missing_ok=True)
 
     def load(self, model: nn.Module) -> None:
         """Load this run's weights, and the history of its JSON. Raises UserError if there are none of this config.
@@ -456,22 +474,23 @@ class Run:
         """
         wrong = ""
         for path in self._files("weights"):
-            archive = load_archive(path, "the weights")
+            archive = load_archive(path, "the weights file")
             if not (differs := mismatch(archive, self.name, self.config, but_for=self.evaluation)):
-                load_state(model, archive, path, "the weights")
+                load_state(model, archive, path, "the weights file")
                 if self.out not in path.parents:
                     self.say(f"none of this configuration in {self.out}, so these are the weights {path}")
                 sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
                 self.history = self._json(sha256, path.parents[1]).get("history", [])
                 return
             wrong = wrong or f"{path} {differs}"
-        missing = "do not exist: train first, with the same flags but --evaluate or --sample"
-        raise UserError(f"the weights {wrong or f'{self.out}/weights/{self.name}.pt {missing}'}")
+        missing = "does not exist: train first, with the same flags but --evaluate or --sample"
+        raise UserError(f"the weights file {wrong or f'{self.out}/weights/{self.name}.pt {missing}'}")
 
-    def unfinished(self, model: nn.Module) -> Path:
-        """Where a long evaluation of these very weights keeps what it has so far; `finish` removes it."""
-        sha256 = hashlib.sha256(weights_bytes(self.name, {}, model)).hexdigest()
-        return self.out / "checkpoints" / f"{self.name}_evaluation_{sha256[:16]}.pt"
+    def unfinished(self, model: nn.Module, images: Tensor) -> Path:
+        """Where a long evaluation of these weights on these images keeps what it has so far; `finish` removes it."""
+        sha256 = hashlib.sha256(weights_bytes(self.name, {}, model) + images.cpu().numpy().tobytes()).hexdigest()
+        self.kept = self.out / "checkpoints" / f"{self.name}_evaluation_{sha256[:16]}.pt"
+        return self.kept
 
     def _json(self, weights_sha256: str, place: Path) -> dict:
         """What the run's JSON in `place`/figures holds; nothing if there is none of these weights."""

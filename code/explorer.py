@@ -308,8 +308,7 @@ def load(run: str) -> nn.Module:
     """A committed model in float64, but for the judge, which takes no other than float32. Raises UserError."""
     if run == "judge":
         return judge.load(torch.device("cpu")).eval()
-    path = ROOT / "weights" / f"{run}.pt"
-    return experiment.trained(path, MODULES[run].build, f"restore them with: git checkout weights/{run}.pt").double()
+    return experiment.committed(run, MODULES[run].build).double()
 
 
 def facts(models: dict[str, nn.Module], data: mnist.Data) -> dict:

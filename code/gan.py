@@ -38,7 +38,7 @@ INTERPOLATIONS, POINTS = 8, 9  # rows, and images in a row, both ends included
 NEAREST = 20  # samples that are shown beside their nearest training images
 PROBE, PROBE_EVERY, PROBE_EARLY = 5000, 8, (1, 2, 4)  # samples that the judge sees in training, and after which epochs
 FRESH_BETAS = (0.9, 0.999)  # of a discriminator that is trained against the finished generator
-NOISES = 5  # lots of noise that the distance's spread is taken over
+NOISES = 5  # draws of noise that the distance's spread is taken over
 
 
 # Model
@@ -238,10 +238,10 @@ def evaluate(run: Run, model: GAN, data: mnist.Data, fresh: dict) -> dict:
     """The `result` of a trained model: the judge's verdict on samples against the test set, and what it leaves out.
 
     `validation` is the verdict on the same samples against the validation set, by which settings are chosen,
-    `over_noise` that on other lots of noise, `unaveraged` that on what the generator draws with the weights of the last
-    step. `fresh`, from `fresh_discriminator`, has a bound on how far the generator is from the data. `nearest` has the
-    distances of samples to their nearest training images, and, to compare, of test images to theirs, both over every
-    second image.
+    `over_noise` those on other draws of noise, `unaveraged` that on what the generator draws with the weights of the
+    last step. `fresh`, from `fresh_discriminator`, has a bound on how far the generator is from the data. `nearest` has
+    the distances of samples to their nearest training images, and, to compare, of test images to theirs, both over
+    every second image.
     """
     images = sample(model.average, judge.JUDGED)
     result = {
@@ -283,7 +283,11 @@ def fresh_discriminator(run: Run, model: GAN, data: mnist.Data) -> dict:
         fake = (game.generate(part) for part in z.split(EVALUATION_BATCH))
         return tuple(torch.cat([player.discriminate(x) for x in xs]) for xs in (real.split(EVALUATION_BATCH), fake))
 
-    losses = []
+    def step(index: Tensor) -> Tensor:
+        x, (z_d, _) = draw_batch(images, index, model.z_dim)
+        return discriminator_step(game, optimizer, x, z_d)
+
+    take_step, losses = training.CapturedStep(step, run.device), []
     for epoch in range(run.args.fresh_epochs + 1):
         if epoch > 0:
             game.train()
@@ -291,8 +295,7 @@ def fresh_discriminator(run: Run, model: GAN, data: mnist.Data) -> dict:
             drawn = mnist.batches(len(images), run.args.batch_size, run.device)
             steps = mnist.steps_per_epoch(len(images), run.args.batch_size)
             for index in cli.progress(drawn, f"fresh discriminator {epoch}/{run.args.fresh_epochs}", steps):
-                x, (z_d, _) = draw_batch(images, index, model.z_dim)
-                discriminator_step(game, optimizer, x, z_d)
+                take_step(index)
         game.eval()
         last = logits(game)
         losses.append(float(discriminator_loss(*last)))
@@ -412,7 +415,7 @@ def draw_losses(run: Run, fresh: list[float]) -> None:
 
 
 def different_pairs(model: GAN, judged_by: judge.Judge | None) -> tuple[Tensor, Tensor]:
-    """Two lots of noise, (INTERPOLATIONS, z_dim) each, whose images the judge, if any, is sure are of two classes.
+    """Two sets of noise, (INTERPOLATIONS, z_dim) each, whose images the judge, if any, is sure are of two classes.
 
     Sure is a confidence above 0.99 at both ends. They are the first such pairs of a fixed list; others follow where a
     generator, as one that has collapsed, has too few of them.

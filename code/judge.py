@@ -14,7 +14,6 @@ printed with them: mean and range of what as many random training images get in 
 
 import hashlib
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -145,7 +144,7 @@ def covered(features: Tensor, by: Tensor, reach: Tensor) -> float:
 
 
 class Described(NamedTuple):
-    """What the judge makes of n images: features (n, 128), their squared radii (n,), the classes' logits (n, 10)."""
+    """What the judge makes of n images: features (n, 128), their squared radii (n,), logits of the classes (n, c)."""
 
     features: Tensor
     reach: Tensor
@@ -194,17 +193,19 @@ def load(device: torch.device, root: Path = ROOT, dataset: str | Path = "mnist")
     The random numbers that its layers start from are not taken from the caller's.
     """
     path = root / "weights" / f"{name_of(dataset)}.pt"
-    command = "python code/judge.py --train" + ("" if dataset == "mnist" else f" --dataset {shlex.quote(str(dataset))}")
+    flags = [] if dataset == "mnist" else ["--dataset", str(dataset)]
+    flags += [] if root == home(dataset) else ["--out", str(root)]
+    command = cli.typed(["python", "code/judge.py", "--train", *flags])
     if not path.exists():
         raise UserError(f"no judge at {path}: train it with: {command}")
-    restore = "git checkout weights/judge.pt" if dataset == "mnist" else command
-    archive = experiment.load_archive(path, "the judge", f"restore it with: {restore}")
-    config = archive.get("config")
-    theirs = config.get("dataset", "mnist") if isinstance(config, dict) else "mnist"
+    restore = f"delete it, and train another with: {command}" if flags else "restore it: git checkout weights/judge.pt"
+    archive = experiment.load_archive(path, "the judge", restore)
+    config = archive.get("config") or {}
+    theirs = config.get("dataset", "mnist")
     if theirs != cli.dataset_name(dataset):
         raise UserError(f"the judge {path} is of {theirs}, not of {cli.dataset_name(dataset)}")
     with torch.random.fork_rng(devices=[]):
-        model = Judge(config["classes"] if isinstance(config, dict) and "classes" in config else 10).to(device)
+        model = Judge(config.get("classes", 10)).to(device)
     experiment.load_state(model, archive, path, "the judge")
     return model
 
@@ -317,7 +318,7 @@ def train_and_save(data: mnist.Data, device: torch.device, out: Path, dataset: s
     figures = experiment.folder(out / "figures")
     if data.classes < 2:
         raise UserError(f"{dataset} has no labels of two classes or more, one for each image: a judge needs them")
-    if path.exists() and (figures / f"{name}.json").exists():
+    if path.exists():
         raise UserError(f"{path} is there, and every committed distance depends on it: delete it to train another")
     environment = experiment.environment(device)
     model, history = train(data, device, **SETTINGS)

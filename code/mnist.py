@@ -10,6 +10,7 @@ import errno
 import gzip
 import hashlib
 import io
+import math
 import re
 import shutil
 import socket
@@ -187,7 +188,8 @@ def checked(where: str, images: np.ndarray) -> np.ndarray:
     if images.ndim == 4 and shape[-1] in (3, 4):
         raise UserError(f"{where} holds colour images, {shape}: make them grey, {right}")
     if shape[1:] not in ((SIDE, SIDE), (SIDE, SIDE, 1)):
-        what = "resize them, or give a folder of pictures"
+        same = math.prod(shape[1:]) == PIXELS and len(shape) > 1
+        what = "reshape them" if same else "resize them, or give a folder of pictures"
         raise UserError(f"{where} holds images of shape {shape}, not {right}: {what}")
     if len(images) and images.max() <= 1:
         raise UserError(f"{where} holds no value above 1: scale the images to 0 .. 255")

@@ -42,16 +42,16 @@ FLOOR = 1e-6, 0.1  # weight and rate of a logistic around 0 that every mixture h
 
 
 def to_logits(v: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-    """The logit of r1 = a/2 + (1 - a) v/256, a = shrink, eq:logit, and each number's ladj: v (...) to (...) twice.
+    """The logit of r1 = lambda/2 + (1 - lambda) v/256, eq:logit, and each number's ladj: v (...) to (...) twice.
 
-    r0 = 1 - r1 is computed from 256 - v, not from r1, which keeps its digits near 256.
+    shrink: lambda. r0 = 1 - r1 is computed from 256 - v, not from r1, which keeps its digits near 256.
     """
     log_r1, log_r0 = (torch.log(shrink / 2 + (1 - shrink) / 256 * part) for part in (v, 256 - v))
     return log_r1 - log_r0, math.log1p(-shrink) - math.log(256) - log_r1 - log_r0
 
 
 def from_logits(y: Tensor, shrink: float) -> Tensor:
-    """The inverse of `to_logits`: values from 256 (0 - a/2)/(1 - a) to 256 (1 - a/2)/(1 - a)."""
+    """The inverse of `to_logits`: values from 256 (0 - lambda/2)/(1 - lambda) to 256 (1 - lambda/2)/(1 - lambda)."""
     return 256 * (torch.sigmoid(y) - shrink / 2) / (1 - shrink)
 
 
@@ -226,9 +226,9 @@ def join(x_a: Tensor, x_b: Tensor) -> Tensor:
 class Flow(nn.Module):
     """The chain of couplings between images with values in [0, 256] and z, eq:chain.
 
-    levels: of the checkerboard, each with half as many numbers as the one before; couplings: on each level; shrink: the
-    a of eq:logit; hidden: channels of the networks; learned: whether images are dequantised by a `Dequantiser` and not
-    by uniform noise; settings: `Coupling`'s other arguments.
+    levels: of the checkerboard, each with half as many numbers as the one before; couplings: on each level; shrink:
+    lambda of eq:logit; hidden: channels of the networks; learned: whether images are dequantised by a `Dequantiser` and
+    not by uniform noise; settings: `Coupling`'s other arguments.
     """
 
     def __init__(self, levels: int, couplings: int, shrink: float, hidden: int, learned: bool, **settings: float):
@@ -395,29 +395,30 @@ def importance_weighted_bpd(
     unfinished: as in `experiment.log_mean_exp`.
     """
 
-    def log_weight(k: int) -> Tensor:
+    def log_w(k: int) -> Tensor:
         return per_image_bound(model, *evaluation_set(images, f"{label}, importance sample {k}"))
 
-    return bits_per_dim(log_mean_exp(log_weight, draws, unfinished))
+    return bits_per_dim(log_mean_exp(log_w, draws, unfinished))
 
 
 def evaluate(run: Run, model: Flow, data: mnist.Data) -> dict:
     """The `result` of a trained model, on the test set; the judge's verdicts are on samples, at 1 and TEMPERATURES."""
-    draws = run.args.importance_samples
+    images, draws = data.test_images, run.args.importance_samples
     result = {
-        "test_bpd": mean_bpd(model, *evaluation_set(data.test_images, "test")),
+        "test_bpd": mean_bpd(model, *evaluation_set(images, "test")),
         "test_bpd_iw": float(
-            importance_weighted_bpd(model, data.test_images, "test", draws, run.unfinished(model)).mean()
+            importance_weighted_bpd(model, images, "test", draws, run.unfinished(model, images)).mean()
         ),
         "importance_samples": draws,
         "seconds_per_1000_samples": seconds_per_1000(lambda n: sample(model, n), run.device),
     }
     if judged_by := judge.find(run, data):
+        real = judge.described(judged_by, images)
 
-        def judged(*temperature: float) -> dict:
-            return judge.verdict(judged_by, sample(model, judge.JUDGED, *temperature), data.test_images)
+        def judged(temperature: float) -> dict:
+            return judge.compared(judge.described(judged_by, sample(model, judge.JUDGED, temperature)), real)
 
-        result |= judged() | {"at_temperature": {str(t): judged(t) for t in TEMPERATURES}}
+        result |= judged(1.0) | {"at_temperature": {str(t): judged(t) for t in TEMPERATURES}}
     return result
 
 
@@ -476,18 +477,18 @@ def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
     parser = cli.Parser(__doc__, BEST)
     cli.add_flags(parser, epochs=40, batch_size=96, lr=8e-3, betas=(0.9, 0.99))
-    count, share, size = cli.positive_int, cli.fraction, cli.positive_float
+    count, share, size = cli.positive_int, cli.open_fraction, cli.positive_float
     parser.add_argument("--levels", type=count, choices=range(1, 5), default=4, metavar="N", help="of the checkerboard")
     parser.add_argument("--couplings", type=cli.layers, default=3, metavar="N", help="on each level")
     parser.add_argument("--hidden", type=count, default=32, metavar="N", help="channels of the networks")
     parser.add_argument("--blocks", type=count, default=2, metavar="N", help="residual blocks of the conditioners")
     parser.add_argument("--components", type=cli.nonnegative_int, default=8, metavar="J", help="logistics; 0: none")
     parser.add_argument("--noise", choices=("learned", "uniform"), default="learned", help="what dequantises images")
-    parser.add_argument("--shrink", type=share, default=1e-5, metavar="X", help="of pixels: a of eq:logit")
+    parser.add_argument("--shrink", type=share, default=1e-5, metavar="X", help="of pixels: lambda of eq:logit")
     parser.add_argument("--spread", type=size, default=4.0, metavar="X", help="of a mixture's means at the start")
     parser.add_argument("--limit", type=size, default=7.0, metavar="X", help="of log-weights and log-rates")
     parser.add_argument("--clip", type=size, default=100.0, metavar="X", help="greatest norm of a gradient")
-    parser.add_argument("--warmup", type=share, default=0.05, metavar="X", help="share of steps until the peak")
+    parser.add_argument("--warmup", type=cli.fraction, default=0.05, metavar="X", help="share of steps until the peak")
     parser.add_argument("--temperature", type=size, default=1.0, metavar="T", help="with --sample: z of N(0, T^2 I)")
     parser.add_argument("--importance-samples", type=count, default=8, metavar="K", help="per image")
     return parser

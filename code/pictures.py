@@ -45,16 +45,16 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def save_grid(path: Path, images: Tensor, columns: int, scale: int = 4) -> None:
-    """Write images (n, 28, 28) uint8 as a PNG, row by row, each pixel `scale` pixels wide."""
+    """Write images (n, 28, 28) uint8 as <path>.png, row by row, each pixel `scale` pixels wide."""
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(tile(images, columns).repeat(scale, 0).repeat(scale, 1)).save(buffer, "PNG", optimize=True)
-    write(path.with_suffix(".png"), buffer.getvalue())
+    write(path.with_name(f"{path.name}.png"), buffer.getvalue())
 
 
 def save_gif(path: Path, pictures: Sequence[np.ndarray], milliseconds: int = 150) -> None:
-    """Write (height, width) uint8 pictures as an endless GIF in 16 greys, the last for 2 s; of none, nothing."""
+    """Write (height, width) uint8 pictures as <path>.gif, endless, in 16 greys, the last for 2 s; of none, nothing."""
     from PIL import Image
 
     greys = [Image.fromarray((np.round(picture / 17) * 17).astype(np.uint8)) for picture in pictures]
@@ -62,7 +62,7 @@ def save_gif(path: Path, pictures: Sequence[np.ndarray], milliseconds: int = 150
         buffer = io.BytesIO()
         durations = [milliseconds] * (len(greys) - 1) + [2000]
         greys[0].save(buffer, "GIF", save_all=True, append_images=greys[1:], duration=durations, loop=0)
-        write(path.with_suffix(".gif"), buffer.getvalue())
+        write(path.with_name(f"{path.name}.gif"), buffer.getvalue())
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", list["Axes"]]:
@@ -86,11 +86,11 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
 
 
 def save_figure(path: Path, fig: "Figure", pdf: bool = True) -> None:
-    """Write a figure as PNG and, unless told not to, as PDF; without dates, which would change the bytes."""
+    """Write a figure as <path>.png and, unless told not to, .pdf; without dates, which would change the bytes."""
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None}))[: 1 + pdf]:
         buffer = io.BytesIO()
         fig.savefig(buffer, format=kind, dpi=200, metadata=metadata)
-        write(path.with_suffix(f".{kind}"), buffer.getvalue())
+        write(path.with_name(f"{path.name}.{kind}"), buffer.getvalue())
 
 
 def save_training_curves(

@@ -121,6 +121,8 @@ def together() -> Iterator[None]:
     """For whatever waits for the other processes. Raises RunError if that fails, of which one on a machine tells."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # what gloo and NCCL say of a connection that is gone
         reason = str(error).partition("\n")[0]
         ended = f"another process of this training has ended or cannot be reached ({reason})"

@@ -255,8 +255,8 @@ def train(run: Run, model: VAE, data: mnist.Data) -> None:
     steps = mnist.steps_per_epoch(len(images), args.batch_size)
     optimizer = training.adam(model.parameters(), args.lr, args.weight_decay, betas=args.betas)
     run.start(model=model, optimizer=optimizer)
-    stopped, clip = args.gradient == "stopped", args.clip
-    take_step = training.CapturedStep(lambda i: training_step(model, optimizer, images, i, stopped, clip), run.device)
+    settings = args.gradient == "stopped", args.clip
+    take_step = training.CapturedStep(lambda i: training_step(model, optimizer, images, i, *settings), run.device)
     losses, norms = torch.zeros(2, steps, device=run.device)
     train_set = evaluation_set(images[:EVALUATION_IMAGES], "training", model.z_dim)
     validation_set = evaluation_set(data.validation_images, "validation", model.z_dim)
@@ -279,17 +279,17 @@ def train(run: Run, model: VAE, data: mnist.Data) -> None:
 # Evaluation
 
 
-def evaluation_set(images: Tensor, split: str, z_dim: int) -> tuple[Tensor, Tensor]:
-    """Binarised pixels (n, 784) and eps (n, z_dim) for images (n, ...), a function of `split` and the image's index."""
+def evaluation_set(images: Tensor, label: str, z_dim: int) -> tuple[Tensor, Tensor]:
+    """Binarised pixels (n, 784) and eps (n, z_dim) for images (n, ...), a function of `label` and the image's index."""
     images = images.flatten(1)
-    eps = fixed_normal(f"eps, {split}", len(images), z_dim).to(images.device)
-    return binarise(images, fixed_generator(f"pixels, {split}")), eps
+    eps = fixed_normal(f"eps, {label}", len(images), z_dim).to(images.device)
+    return binarise(images, fixed_generator(f"pixels, {label}")), eps
 
 
 @torch.inference_mode()
 def per_image_elbo(model: VAE, x: Tensor, eps: Tensor, batch: int = EVALUATION_BATCH) -> Tensor:
     """`elbo` of any number of images, in batches: (n,) in float64, on the CPU."""
-    return torch.cat([elbo(model, *pair) for pair in zip(x.split(batch), eps.split(batch))]).cpu().double()
+    return torch.cat([elbo(model, *each) for each in zip(x.split(batch), eps.split(batch))]).cpu().double()
 
 
 @torch.inference_mode()
@@ -333,7 +333,7 @@ def evaluate(run: Run, model: VAE, data: mnist.Data) -> dict:
     """The `result` of a trained model, on the test set; the judge's verdict is on decoder means."""
     draws = run.args.importance_samples
     x, eps = evaluation_set(data.test_images, "test", model.z_dim)
-    log_px = importance_sampled_log_px(model, x, draws, unfinished=run.unfinished(model))
+    log_px = importance_sampled_log_px(model, x, draws, unfinished=run.unfinished(model, x))
     result = {
         "test_elbo": float(per_image_elbo(model, x, eps).mean()),
         "test_nll": float(-log_px.mean()),
@@ -441,14 +441,14 @@ def flags() -> cli.Parser:
     parser.add_argument("--prior", choices=("normal", "flow"), default="normal", help="the latents' distribution")
     parser.add_argument("--couplings", type=cli.layers, default=8, metavar="N", help="of the flow prior")
     parser.add_argument("--prior-hidden", type=count, default=128, metavar="N", help="units of its hidden layers")
-    what = "stopped: of log q's sample, and not of its parameters"
+    what = "stopped: of log q through its sample alone, not through its mean and variance"
     parser.add_argument("--gradient", choices=("stopped", "plain"), default="stopped", help=what)
     parser.add_argument(
         "--weight-decay",
         type=cli.fraction,
         default=0.0,
         metavar="X",
-        help="share of a matrix that a step takes off, over the learning rate",
+        help="of matrices, decoupled from the gradient (AdamW)",
     )
     parser.add_argument(
         "--clip", type=cli.positive_float, default=500.0, metavar="X", help="greatest norm of a gradient"

@@ -5,9 +5,9 @@
 In the report \\num{vae_z20.result.test_elbo} is that value, rounded as `rounded` says, and
 \\seeds{vae_z20.seeds.test_elbo} mean and range over figures/vae_z20.json and vae_z20_seed*.json; a minus before a key
 turns the value's sign. numbers.tex holds what the report uses and nothing else, and a key that no JSON has is an error.
-So is \\seeds{judge.floor.fid} over the draws of real images, and \\seeds{gan.over_seeds_and_noise.fid} over seeds and
-lots of noise. In README.md and docs/ what stands between <!-- NAME --> and <!-- /NAME --> is replaced, and in a
-script's docstring the comment after its command.
+\\seeds{judge.floor.fid} is mean and range over the draws of real images, \\seeds{gan.over_seeds_and_noise.fid} over
+seeds and draws of noise. In README.md and docs/ what stands between <!-- NAME --> and <!-- /NAME --> is replaced, and
+in a script's docstring the comment after its command.
 """
 
 import json
@@ -21,13 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-from cli import UserError, exit_status  # noqa: E402
+from cli import Parser, UserError, exit_status  # noqa: E402
 from experiment import write  # noqa: E402
 
 DECIMALS = {  # of a value whose key has this word, the first that fits
     "elbo": 2, "nll": 2, "gap": 2, "bpd": 3, "accuracy": 4, "fid": 1, "precision": 3, "recall": 3,
     "reconstruction": 1, "excess": 1, "percent": 2, "carlo": 3, "bias": 3, "rms": 3,
-    "ratio": 4, "posterior": 1, "loss": 3, "real": 3, "fake": 3, "median": 2, "percentile": 2,
+    "posterior": 1, "loss": 3, "real": 3, "fake": 3, "median": 2, "percentile": 2,
     "own": 3, "jsd": 4,
 }  # fmt: skip
 
@@ -44,6 +44,7 @@ NAMES = {
 
 VARIANTS = {  # run -> what stands below it in README's table, if it was run: other run, what differs, its command
     "nf": [
+        ("nf_best", "flow, larger", "code/nf.py --best"),
         ("nf_uniform", "flow, uniform noise", "code/nf.py --noise uniform --epochs 43"),
         ("nf_affine", "flow, affine maps alone", "code/nf.py --components 0 --epochs 46"),
     ],
@@ -62,25 +63,13 @@ ORIGINAL = {"vae_z20": -101.7, "vae_z2": -151.2, "nf": 1.82}
 @exit_status
 def main(argv: list[str] | None = None) -> None:
     """Write every generated file."""
+    Parser(__doc__).parse_args(argv)
     for path, text in collect(ROOT).items():
         write(path, text.encode())
 
 
 def collect(root: Path) -> dict[Path, str]:
     """The generated files of a checkout with their contents. Raises UserError naming a key that a JSON lacks."""
-    results = read(root / "figures") | {"trials": read(root / "figures" / "trials")}
-    for run, content in results.items():
-        if "history" in content:
-            same = [each for name, each in results.items() if re.fullmatch(rf"{run}(_seed\d+)?", name)]
-            content["seeds"] = over_seeds(same)
-    for floor in ("floor", "floor_validation"):
-        results["judge"][floor] = ranges(results["judge"]["result"][floor]["draws"])
-    games = game_runs(results)
-    for content in (*games, *results["trials"].values()):
-        if lots := content["result"].get("over_noise"):
-            content["over_noise"] = ranges(lots)
-    every = [lot for each in games for lot in each["result"]["over_noise"]]
-    results["gan"]["over_seeds_and_noise"] = ranges(every)
     tables = {
         "README.md": {
             "results": results_table, "healthy": healthy_table, "game": game_table, "flow": flow_table,
@@ -93,6 +82,7 @@ def collect(root: Path) -> dict[Path, str]:
         },
     }  # fmt: skip
     try:
+        results = measured(root / "figures")
         report = (root / "report" / "report.tex").read_text(encoding="utf-8")
         files = {root / "report" / "numbers.tex": numbers_tex(results, report)}
         for path, made in tables.items():
@@ -110,6 +100,23 @@ def collect(root: Path) -> dict[Path, str]:
     except KeyError as error:
         raise UserError(f"figures/ has no run or key {error}: make that run again, with a judge") from None
     return files
+
+
+def measured(figures: Path) -> dict[str, dict]:
+    """Every run's JSON by its name, "trials" being those of the trials, with means and ranges over seeds and draws."""
+    results = read(figures) | {"trials": read(figures / "trials")}
+    for run, content in results.items():
+        if "history" in content:
+            same = [each for name, each in results.items() if re.fullmatch(rf"{run}(_seed\d+)?", name)]
+            content["seeds"] = over_seeds(same)
+    for floor in ("floor", "floor_validation"):
+        results["judge"][floor] = ranges(results["judge"]["result"][floor]["draws"])
+    game, games = results["gan"], game_runs(results)
+    for content in (*games, *results["trials"].values()):
+        if draws := content["result"].get("over_noise"):
+            content["over_noise"] = ranges(draws)
+    game["over_seeds_and_noise"] = ranges([draw for each in games for draw in each["result"]["over_noise"]])
+    return results
 
 
 def read(folder: Path) -> dict[str, dict]:
@@ -180,10 +187,8 @@ def setting(contents: Sequence[dict]) -> str:
     return f"{seeds}; {where}"
 
 
-def rounded(key: str, value: float | int | str) -> str:
+def rounded(key: str, value: float | int) -> str:
     """A value as it is printed, by what its key says it is."""
-    if isinstance(value, str):
-        return value
     if isinstance(value, int):
         return f"{value:,}"
     words = re.split(r"[._]", key)
@@ -254,8 +259,9 @@ def results_table(results: dict[str, dict]) -> str:
         others = [each for each in VARIANTS.get(own, ()) if each[0] in results]
         for run, name, command in ((own, NAMES[own], commands[own]), *others):
             content, result = results[run], results[run]["result"]
-            times = f"{result['train_seconds'] / 60:.1f}", f"{result['seconds_per_1000_samples']:.3f} s"
-            minutes, sampling = times if run == own else ("about as many", "")  # by a step's time: docs/nf.md
+            minutes, sampling = f"{result['train_seconds'] / 60:.1f}", f"{result['seconds_per_1000_samples']:.3f} s"
+            if "--epochs" in command:  # as many as take the time of the run above, going by a step's: docs/nf.md
+                minutes, sampling = "about as many", ""
             measures = (spread(content, key, decimals) for key, decimals in MEASURES.items())
             rows.append((name, f"`{command}`", minutes, likelihood(content), *measures, sampling))
     floor = (spread(results["judge"], key, decimals, "floor") for key, decimals in MEASURES.items())
@@ -296,8 +302,8 @@ def remarks(results: dict[str, dict]) -> list[str]:
         "Frechet distance, precision and recall are of 10,000 samples (the VAE's: decoder means) against the test "
         "images, by `code/judge.py`, and can be compared only with values from the same judge. Real images: mean and "
         f"range of {results['judge']['floor']['count']} random draws of 10,000 training images.",
-        "The GAN's distance is of one lot of noise for each seed. Over "
-        f"{results['gan']['over_noise']['count']} for each it is {every}; smaller differences mean nothing.",
+        "The GAN's distance is of one draw of noise a seed. Over "
+        f"{results['gan']['over_noise']['count']} draws a seed it is {every}; smaller differences mean nothing.",
         f"Validation values of the assignment's first solution, and when ours passed them: z of 20 {first[0]}, z of 2 "
         f"{first[1]}, the flow {first[2]}. Its VAEs' images were binarised *statically*, once for all: "
         "not quite comparable.",
@@ -321,8 +327,8 @@ def gpu_table(results: dict[str, dict]) -> str:
     """docs/speed.md's table of the same runs on a GPU, from figures/<run>_cuda.json."""
     rows, totals, environments = [], [], []
     for run in NAMES:
-        here, there = results.get(run), results.get(f"{run}_cuda")
-        if here and here["environment"]["device"] != "cpu":  # trained wherever `--device auto` was
+        here, there = results[run], results.get(f"{run}_cuda")
+        if here["environment"]["device"] != "cpu":  # trained wherever `--device auto` was
             here = None
         totals.append([each and each["result"]["train_seconds"] for each in (here, there)])
         reached = claim(there).rpartition(";")[0] if there else "-"

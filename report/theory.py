@@ -34,7 +34,6 @@ import nf  # noqa: E402
 import pictures  # noqa: E402
 import training  # noqa: E402
 import vae  # noqa: E402
-from cli import UserError  # noqa: E402
 from training import fixed_generator, fixed_normal  # noqa: E402
 
 AUTOENCODER_IMAGES, AUTOENCODER_EPOCHS, AUTOENCODER_BATCH = 2000, 40, 200
@@ -202,8 +201,8 @@ def q1_4_linear_gaussian() -> dict:
     z ~ N(0, I_d) and x = z + NOISE e with e ~ N(0, I_d), so x ~ N(0, (1 + NOISE^2) I), and the posterior is normal with
     mean x/(1 + NOISE^2) and variance NOISE^2/(1 + NOISE^2). q is the posterior with a standard deviation a fifth too
     large. For each d: KL(posterior || prior), and mean and root mean square of the estimates' errors, in nats. At d = 1
-    also the mean of the estimated p(x) over p(x), which is 1 whatever the number of draws, with its standard error; its
-    variance over draws and x, and what eq:variance says of that.
+    also the mean of the estimated p(x) over p(x), which is 1 whatever the number of draws, with its standard error and,
+    for draws from the prior, what eq:variance makes of that.
     """
     generator = fixed_generator("linear-Gaussian model")
     answer: dict = {"noise": NOISE, "draws": DRAWS, "log_draws": math.log(DRAWS), "repeats": REPEATS}
@@ -560,7 +559,7 @@ def aggregate_log_density(z: Tensor, mu: Tensor, logvar: Tensor, block: int = 10
 
 
 def q1_10_loss(model: vae.VAE, data: mnist.Data) -> dict:
-    """The script's ELBO, eq:loss, against one that is spelt out number by number; and the slip that is common.
+    """The script's ELBO, minus eq:loss's terms, against one that is spelt out number by number; and a common slip.
 
     On 4 images in float64; only the networks themselves are the script's in both. `wrong_kl` has 1/Sigma in place of
     Sigma, for a mu of 0 and a Sigma of 2: it is negative.
@@ -1095,27 +1094,10 @@ def draw_paths(out: Path) -> None:
 # All of them
 
 
-TRAINED_BY = {
-    "vae_z2": "python code/vae.py --z-dim 2",
-    "vae_z20": "python code/vae.py",
-    "vae_best": "python code/vae.py --best",
-    "nf": "python code/nf.py",
-    "judge": "python code/judge.py --train",
-}
-
-
-def trained(name: str, build: Callable[[dict], nn.Module]) -> nn.Module:
-    """The model of the run `name` with its committed weights. Raises UserError without them."""
-    path = ROOT / "weights" / f"{name}.pt"
-    if not path.exists():
-        raise UserError(f"no weights at {path}: train them with: {TRAINED_BY[name]}")
-    return experiment.trained(path, build)
-
-
 def flags() -> cli.Parser:
     """The script's flags."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT, metavar="DIR", help="writes DIR/figures/theory*")
+    parser.add_argument("--out", type=cli.path, default=ROOT, metavar="DIR", help="writes DIR/figures/theory*")
     cli.add_data_flags(parser, device=False, dataset_too=False)
     return parser
 
@@ -1125,8 +1107,8 @@ def main(argv: list[str] | None = None) -> None:
     """Compute every answer and write figures/theory.json."""
     args = flags().parse_args(argv)
     out = experiment.folder(args.out / "figures")
-    z2, z20, best = (trained(f"vae_{name}", vae.build) for name in ("z2", "z20", "best"))
-    flow = trained("nf", nf.build)
+    z2, z20, best = (experiment.committed(f"vae_{name}", vae.build) for name in ("z2", "z20", "best"))
+    flow = experiment.committed("nf", nf.build)
     data = mnist.load("mnist", args.data_dir)
     judged_by = judge.load(torch.device("cpu"))
     questions: dict[str, Callable[[], dict]] = {
@@ -1162,7 +1144,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.say(f"{name}  {seconds[name]:.1f} s")
     weights = {
         f"{name}_sha256": hashlib.sha256((ROOT / "weights" / f"{name}.pt").read_bytes()).hexdigest()
-        for name in TRAINED_BY
+        for name in ("vae_z2", "vae_z20", "vae_best", "nf", "judge")
     }
     content = {"environment": experiment.environment(torch.device("cpu")), **weights, **answers, "seconds": seconds}
     experiment.write(out / "theory.json", experiment.json_bytes(content))

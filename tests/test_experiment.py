@@ -17,10 +17,11 @@ from torch import Tensor
 import cli
 import experiment
 import mnist
+import nf
 import training
 import vae
 from cli import RunError, UserError
-from conftest import COSTS, ROOT, SMALL, VERDICT, contents, result_of
+from conftest import COSTS, ROOT, SMALL, VERDICT, built, contents, result_of
 
 
 @pytest.fixture
@@ -94,6 +95,31 @@ def test_auto_takes_cuda_then_mps_then_the_cpu_if_they_work(monkeypatch, capsys)
     assert "no kernel image" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"no kernel image.*device\): use --device cpu"):
         cli.device("cuda")
+
+
+def test_each_of_several_processes_takes_a_gpu_of_its_own_or_the_cpu(monkeypatch):
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    ones, taken = torch.ones, []
+
+    def on_the_gpu_taken(*size, device):
+        assert device != "cuda" or taken == [1]
+        return ones(*size)
+
+    monkeypatch.setattr(torch, "ones", on_the_gpu_taken)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for there, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert cli.device("auto").type == expected and taken == [1]
+    with pytest.raises(UserError, match=r"--device mps: .* for several processes"):
+        cli.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"1 GPUs here are too few for 2 processes: .*--device cpu"):
+        cli.device("auto")
 
 
 def test_a_trial_does_not_touch_the_reports_folders(tiny, tmp_path, capsys):
@@ -198,14 +224,16 @@ def test_a_killed_evaluation_goes_on(tiny, out, tmp_path, monkeypatch, capsys, m
     printed = capsys.readouterr().out
     first = json.loads(printed) if mode == "--evaluate" else result_of(folder, "vae_z20")["result"]
     assert vae.main([*flags, "--evaluate"]) == 0 and len(draws) == 10 + 9
-    assert json.loads(capsys.readouterr().out)["test_nll"] == first["test_nll"]
+    again = json.loads(capsys.readouterr().out)
+    assert again["test_nll"] == first["test_nll"] and again["importance_samples"] == 9
 
 
-def test_torch_bytes_and_json_are_repeatable_and_strict():
-    content = {"a": torch.arange(5.0), "b": [1, "x"]}
-    assert experiment.torch_bytes(content) == experiment.torch_bytes(dict(content))
-    with pytest.raises(ValueError, match="JSON"):
-        experiment.json_bytes({"loss": float("nan")})
+def test_what_an_evaluation_keeps_is_of_its_weights_and_images(tmp_path):
+    run = experiment.Run("nf", nf.flags(), nf.flags().parse_args(["--out", str(tmp_path)]))
+    first, second = (built(nf, "--hidden", 4, "--couplings", 1) for _ in range(2))
+    images = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    kept = [run.unfinished(model, seen) for model in (first, second) for seen in (images, images + 1, images[:2])]
+    assert len({*kept}) == 6 and run.unfinished(first, images.clone()) == kept[0]
 
 
 def test_warmup_cosine():
@@ -251,16 +279,9 @@ def test_evaluate_gives_the_result_again_and_sample_writes_an_npz(train, out, mo
     assert np.array_equal(drawn[0], drawn[1])
 
 
-def test_more_importance_samples_need_no_new_training(tiny, out, capsys):
-    flags = [*SMALL["vae"], "--out", str(out), "--importance-samples", "9"]
-    assert vae.main([*flags, "--evaluate"]) == 0
-    assert json.loads(capsys.readouterr().out)["importance_samples"] == 9
-    assert vae.main([*flags, "--resume"]) == 2
-
-
 @pytest.mark.parametrize("flag", ["--evaluate", "--sample=5"])
 def test_using_weights_that_are_missing_or_other(train, out, flag):
-    fails(train(flag, out="elsewhere"), 2, "do not exist", "train first")
+    fails(train(flag, out="elsewhere"), 2, "does not exist", "train first")
     weights = out / "weights/vae_z20.pt"
     fails(train(flag, "--epochs", "3"), 2, "epochs 2 there, 3 here")
     fails(train(flag, "--lr", "0.1", "--seed", "7"), 2, "lr", "seed 0 there, 7 here")
@@ -295,6 +316,7 @@ def test_resume_of_a_finished_run_redraws_the_same_and_a_fresh_run_replaces_it(t
 def test_resume_with_another_configuration_names_what_differs(train, out):
     before = contents(out)
     fails(train("--resume", "--epochs", "3"), 2, "epochs 2 there, 3 here")
+    fails(train("--resume", "--importance-samples", "9"), 2, "importance_samples")
     fails(train("--resume", "--lr", "0.5", "--batch-size", "20"), 2, "lr", "batch_size 50 there, 20 here")
     assert contents(out) == before
 
@@ -326,6 +348,10 @@ def test_weights_that_are_older_than_a_flag_are_refused(train, out):
     del archive["config"]["clip"]
     path.write_bytes(experiment.torch_bytes(archive))
     fails(train("--sample", "3"), 2, "clip None there, 500.0 here")
+    for config in ({}, None):
+        path.write_bytes(experiment.torch_bytes({**archive, "config": config}))
+        with pytest.raises(UserError, match="another version of this program: get new ones"):
+            experiment.trained(path, vae.build, "get new ones")
 
 
 def test_checkpoint_of_another_script(train, out):
@@ -359,17 +385,18 @@ def test_check_finite_names_the_first_bad_step():
         training.check_finite(1, loss_g=torch.zeros(5), loss_d=torch.tensor([0, 0, torch.nan, 0, torch.inf]))
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "advice"), [(errno.ENOSPC, "make room"), (errno.EACCES, "other program")])
+def test_a_file_that_cannot_be_written_keeps_the_last_checkpoint(train, tmp_path, monkeypatch, number, advice):
     replace, calls = os.replace, []
 
     def fills_up(source, target):
         calls.append(target)
         if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fills_up)
-    fails(train(), 1, "No space left on device", "--resume")
+    fails(train(), 1, os.strerror(number), advice, "--resume")
     assert set(contents(tmp_path / "out")) == {"checkpoints/vae_z20.pt"}
     assert train("--resume")[0] == 0
 

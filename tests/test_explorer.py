@@ -270,7 +270,6 @@ def test_models_agree_with_pytorch(browser, models, data):
                 found = evaluate(browser, expression, images.flatten(1).tolist())
             error = (torch.tensor(found, dtype=torch.float64) - true).abs()
             mean, most = explorer.WITHIN[kind]
-            print(f"{run} {kind}: mean {error.mean():.3g}, most {error.max():.3g}")
             assert error.mean() <= mean and error.max() <= most, (run, kind, float(error.mean()), float(error.max()))
             compared.add((run, kind))
     assert compared == of_image.keys() | {(run, "grey") for run in grey}
@@ -506,7 +505,6 @@ def test_a_frame_of_the_plane_takes_less_than_16_ms(browser):
     begin = seconds()
     assert browser.execute_script(frames) > 0  # what the page shows
     milliseconds = 1000 * (seconds() - begin) / 300
-    print(f"a frame: {milliseconds:.2f} ms")
     assert 0 < milliseconds < 16
 
 

@@ -235,11 +235,7 @@ GOOD = np.random.default_rng(0).integers(0, 256, (1000, 28, 28), np.uint8)
     [
         ({"samples": GOOD}, "images"),
         ({"images": GOOD.astype(np.float32)}, "float32"),
-        ({"images": GOOD.reshape(1000, 784)}, "(1000, 784)"),
-        ({"images": GOOD[:, :20]}, "(1000, 20, 28)"),
         ({"images": GOOD[:999]}, "999"),
-        ({"images": GOOD // 200}, "0 .. 255"),
-        ({"images": np.array([{}, []], dtype=object)}, "numpy.savez"),
     ],
 )
 def test_bad_samples_are_one_line(tmp_path, capsys, arrays, words):
@@ -287,8 +283,12 @@ def test_missing_weights_name_the_command_and_nothing_is_trained(tmp_path, capsy
     np.savez(tmp_path / "good.npz", images=GOOD)
     assert judge.main([str(tmp_path / "good.npz"), "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "code/judge.py --train" in error
+    assert error.count("\n") == 1 and f"code/judge.py --train --out {tmp_path}" in error
     assert not (tmp_path / "weights").exists()
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "judge.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=f"delete it, and train another with: .* --out {tmp_path}"):
+        judge.load(torch.device("cpu"), tmp_path)
 
 
 def test_real_images_are_those_of_the_reference(model, tiny, tmp_path, monkeypatch, capsys):
@@ -323,8 +323,6 @@ def test_images_of_other_data_are_warned_of(data, tmp_path, monkeypatch, capsys)
 def test_training_never_replaces_the_frozen_judge(tmp_path, data_dir, capsys):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "judge.pt").write_bytes(b"frozen")
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "judge.json").write_text("{}")
     assert judge.main(["--train", "--data-dir", str(data_dir), "--out", str(tmp_path)]) == 2
     assert "delete it" in capsys.readouterr().err
     assert (tmp_path / "weights" / "judge.pt").read_bytes() == b"frozen"

@@ -72,7 +72,7 @@ def test_one_orientation_and_one_value_range_from_file_to_picture(tmp_path, synt
     store(tmp_path / "MNIST" / "raw", synthetic)
     image = mnist.load("mnist", tmp_path).images[0]
     assert image[2, 5:9].tolist() == [1, 100, 200, 255] and image.sum() == 556
-    pictures.save_grid(tmp_path / "one.png", image[None], columns=1, scale=1)
+    pictures.save_grid(tmp_path / "one", image[None], columns=1, scale=1)
     drawn = np.asarray(Image.open(tmp_path / "one.png"))
     assert np.array_equal(drawn, image.numpy())
     assert torch.equal(pictures.to_uint8(image / 255), image)

@@ -13,8 +13,8 @@ from PIL import Image
 import experiment
 import judge
 import nf
-from cli import RunError
-from conftest import COSTS, ROOT, SMALL, VERDICT, built, contents, result_of
+from cli import RunError, UserError
+from conftest import COSTS, SMALL, VERDICT, built, contents, result_of
 
 SHRINK, LIMIT = 1e-5, 7.0  # as the report has them: of pixels before the logit; of log-weights and log-rates
 COUPLING = {"hidden": 5, "blocks": 1, "spread": 4.0, "limit": LIMIT}
@@ -370,6 +370,12 @@ def test_evaluation_is_on_fixed_noise_of_the_images_index():
     assert not torch.isclose(first, other, rtol=0).all()
 
 
+def test_white_pixels_need_some_shrinking():
+    """With none, 255 + u is rounded to 256 now and then, whose logit is infinite."""
+    with pytest.raises(UserError, match="--shrink: must be a number between 0 and 1"):
+        nf.flags().parse_args(["--shrink", "0"])
+
+
 def test_importance_weights_are_a_log_mean_exp():
     flow = small(4).float()
     sets = [nf.evaluation_set(some_images(7), f"test, importance sample {k}") for k in range(3)]
@@ -410,7 +416,7 @@ def test_samples_are_rounded_down(monkeypatch):
 
 def test_real_images_survive_the_round_trip_through_the_trained_weights(data):
     """Within half a grey level, in float32; and the ends of the interpolation's paths are the very images."""
-    model = experiment.trained(ROOT / "weights" / "nf.pt", nf.build)
+    model = experiment.committed("nf", nf.build)
     images = data.test_images[:20]
     with torch.inference_mode():
         v, _ = nf.dequantise(model, images, torch.rand(images.shape, generator=torch.Generator().manual_seed(0)))
@@ -442,7 +448,7 @@ def test_what_a_run_leaves(finished, tiny, tmp_path, capsys):
         ("0.7", "0.8", "0.9"), VERDICT
     )
     assert result["test_bpd_iw"] < result["test_bpd"]
-    model, judged_by = experiment.trained(out / "weights" / "nf.pt", nf.build), judge.load(torch.device("cpu"))
+    model, judged_by = experiment.trained(out / "weights" / "nf.pt", nf.build, ""), judge.load(torch.device("cpu"))
     for temperature, verdict in {"1": result, **result["at_temperature"]}.items():
         samples = nf.sample(model, judge.JUDGED, float(temperature))
         assert judge.verdict(judged_by, samples, tiny.test_images) == {key: verdict[key] for key in VERDICT}

@@ -32,14 +32,15 @@ def test_same_data_same_bytes(tmp_path):
     images = torch.randint(256, (4, 28, 28), dtype=torch.uint8)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        pictures.save_grid(tmp_path / name / "grid", images, columns=2)
-        pictures.save_gif(tmp_path / name / "film", [image.numpy() for image in images])
-        pictures.save_training_curves(tmp_path / name / "curves", HISTORY, ("train_elbo", "val_elbo"), "nats", "ELBO")
+        pictures.save_grid(tmp_path / name / "x.v1_grid", images, columns=2)  # the dot begins no suffix
+        pictures.save_gif(tmp_path / name / "x.v1_film", [image.numpy() for image in images])
+        keys = ("train_elbo", "val_elbo")
+        pictures.save_training_curves(tmp_path / name / "x.v1_curves", HISTORY, keys, "nats", "ELBO")
     written = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert written == ["curves.pdf", "curves.png", "film.gif", "grid.png"]
+    assert written == ["x.v1_curves.pdf", "x.v1_curves.png", "x.v1_film.gif", "x.v1_grid.png"]
     for name in written:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert b"CreationDate" not in (tmp_path / "a" / "curves.pdf").read_bytes()
+    assert b"CreationDate" not in (tmp_path / "a" / "x.v1_curves.pdf").read_bytes()
 
 
 def test_gif_has_every_frame_within_half_a_grey_step(tmp_path):

@@ -170,7 +170,7 @@ def checkout(tmp_path):
         row["gradient_norm"] = 100.0 / row["epoch"]
     bits[1] |= {"early_val_bpd": 1.84, "early_seconds": 9.0}
     flow = {"test_bpd": 1.0456, "test_bpd_iw": 1.0321, "importance_samples": 8, **verdict, **costs}
-    for name in ("nf", "nf_uniform", "nf_affine"):
+    for name in ("nf", "nf_best", "nf_uniform", "nf_affine"):
         write_json(tmp_path, name, {"config": {"seed": 0}, "environment": ENVIRONMENT, "history": bits, "result": flow})
     floor = {"fid": 1.5, "precision": 0.9, "recall": 0.8, "class_counts": [10.5, 9.5]}
     floor["draws"] = [{**floor, "fid": 1.0, "recall": 0.7}, {**floor, "fid": 2.0, "recall": 0.9}]
@@ -229,9 +229,10 @@ def test_numbers_follow_the_json(checkout):
             "| VAE, z of 2 | `code/vae.py --z-dim 2` | 33.3 | 1.50 nats | 20.1 |",
             "| GAN | `code/gan.py` | 33.3 | has none | 20.1 |",
             "| flow | `code/nf.py` | 33.3 | 1.032 bits/dim | 20.1 |",
+            "| flow, larger | `code/nf.py --best` | 33.3 | 1.032 bits/dim | 20.1 | 0.750 | 0.625 | 0.020 s |",
             "| real images |  |  |  | 1.5 (1.0 to 2.0) | 0.900 (0.900 to 0.900) | 0.800 (0.700 to 0.900) |  |",
             "Real images: mean and range of 2 random draws of 10,000 training images.",
-            "of one lot of noise for each seed. Over 3 for each it is 20.0 (19.0 to 20.9); smaller differences",
+            "of one draw of noise a seed. Over 3 draws a seed it is 20.0 (19.0 to 20.9); smaller differences",
             "- In brackets the range over 3 seeds, after their mean; all else, with all times, is of seed 0.",
             "z of 20 by 500 importance samples, z of 2 by quadrature, the flow prior (z of 32) by 5,000 (standard "
             "errors over images, of z of 20 and the flow prior: 0.50, 0.21). "
@@ -313,10 +314,23 @@ def test_rounding(key, value, text):
     assert collect.rounded(key, value) == text
 
 
-def test_a_missing_key_is_named(checkout):
-    path = checkout / "figures" / "vae_z20.json"
+@pytest.mark.parametrize(("run", "key"), [("vae_z20", "test_nll"), ("gan", "over_noise"), ("vae_z20_seed1", "fid")])
+def test_a_missing_key_is_named(checkout, run, key):
+    path = checkout / "figures" / f"{run}.json"
     content = json.loads(path.read_text())
-    del content["result"]["test_nll"]
+    del content["result"][key]
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="test_nll"):
+    with pytest.raises(UserError, match=key):
         collect.collect(checkout)
+
+
+@pytest.mark.parametrize("run", ["judge", "gan", "nf", "bench"])
+def test_a_missing_run_is_named(checkout, run):
+    (checkout / "figures" / f"{run}.json").unlink()
+    with pytest.raises(UserError, match=run):
+        collect.collect(checkout)
+
+
+def test_collecting_takes_no_arguments(capsys):
+    assert collect.main(["--hlep"]) == 2
+    assert "--help" in capsys.readouterr().err
