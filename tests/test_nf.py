@@ -78,6 +78,22 @@ def test_couplings_inverse_undoes_it(components, dtype, tolerance):
     torch.testing.assert_close(coupling.inverse(seen, z), x, rtol=0, atol=tolerance)
 
 
+@MAPS
+def test_networks_gone_astray_leave_the_bound_and_its_gradient_finite(components):
+    """One network's far shift must not make the next one's output overflow: it is held at FARTHEST."""
+    torch.manual_seed(0)
+    flow = small(components).float()
+    for coupling in (each for level in flow.levels for each in level):
+        coupling.conditioner[-1].weight.data *= 1e6
+    bound = nf.bound(flow, some_images(5), torch.rand(5, 28, 28))
+    bound.sum().backward()
+    gradients = [each.grad for each in flow.parameters() if each.grad is not None]
+    assert bound.isfinite().all() and all(each.isfinite().all() for each in gradients)
+    coupling = flow.levels[0][0]
+    _, shift, _ = coupling.maps(torch.randn(1, 2, 14, 14))
+    assert shift.abs().max() == nf.FARTHEST
+
+
 def test_an_affine_coupling_starts_as_the_identity():
     torch.manual_seed(0)
     coupling = nf.Coupling(2, components=0, **COUPLING)

@@ -2,6 +2,7 @@
 // is (channels, side, side), and side says the size of its grid.
 
 const FLOOR = { weight: 1e-6, rate: 0.1 };
+const FARTHEST = 100;
 
 const logSigmoidSlope = (y) => -softplus(y) - softplus(-y);
 
@@ -29,7 +30,7 @@ function dequantise({ dequantiser }, image, noise) {
   return { v, logQ };
 }
 
-// The logit of r1 = a/2 + (1 - a) v/256, a = shrink, and the ladj of all numbers together.
+// The logit of r1 = lambda/2 + (1 - lambda) v/256, lambda = shrink, and the ladj of all numbers together.
 function toLogits(v, shrink) {
   const constant = Math.log1p(-shrink) - Math.log(256);
   let ladj = 0;
@@ -88,7 +89,7 @@ function invertMixture(z, mixture) {
 function maps(coupling, xA, side) {
   const out = run(coupling.conditioner, xA, side);
   const numbers = xA.length, components = coupling.components;
-  const clamped = (value) => Math.min(Math.max(value, -coupling.limit), coupling.limit);
+  const clamped = (value, limit = coupling.limit) => Math.min(Math.max(value, -limit), limit);
   return Array.from({ length: numbers }, (_, n) => {
     const channel = Math.floor(n / (side * side)), channels = numbers / (side * side);
     const of = (kind) => Array.from({ length: components }, (_, j) => out[(2 + kind * components + j) * numbers + n]);
@@ -97,7 +98,8 @@ function maps(coupling, xA, side) {
       rate: of(1).map((logRate) => Math.exp(clamped(logRate))),
       mu: of(2).map((mu, j) => mu + coupling.spread[j * channels + channel]),
     };
-    return { logScale: coupling.gain[channel] * Math.tanh(out[n]), shift: out[numbers + n], mixture };
+    const shift = clamped(out[numbers + n], FARTHEST);
+    return { logScale: coupling.gain[channel] * Math.tanh(out[n]), shift, mixture };
   });
 }
 

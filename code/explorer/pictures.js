@@ -59,7 +59,6 @@ function paint(canvas, image) {
 function addTile(parent, label) {
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = SIDE;
-  canvas.className = "tile";
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", label);
   parent.append(canvas);
