@@ -34,7 +34,7 @@ EVALUATION_IMAGES = 10_000  # of the training images, or all if there are fewer
 EVALUATION_BATCH = 250
 INTERPOLATIONS, POINTS = 8, 9  # rows, and images in a row, both ends included
 TEMPERATURES = (0.7, 0.8, 0.9)  # of samples, besides 1
-BEST = {"epochs": 32, "lr": 5e-3, "blocks": 3, "components": 16, "clip": 1.0}  # the record run's settings
+BEST = {"epochs": 32, "lr": 6e-3, "blocks": 3, "components": 16, "clip": 1.0}  # the record run's settings
 FARTHEST = 100.0  # shift of a coupling: an image that one network sends astray must not be sent farther by the next
 FLOOR = 1e-6, 0.1  # weight and rate of a logistic around 0 that every mixture has besides its own
 
