@@ -302,8 +302,8 @@ def remarks(results: dict[str, dict]) -> list[str]:
         "Frechet distance, precision and recall are of 10,000 samples (the VAE's: decoder means) against the test "
         "images, by `code/judge.py`, and can be compared only with values from the same judge. Real images: mean and "
         f"range of {results['judge']['floor']['count']} random draws of 10,000 training images.",
-        "The GAN's distance is of one draw of noise a seed. Over "
-        f"{results['gan']['over_noise']['count']} draws a seed it is {every}; smaller differences mean nothing.",
+        "The GAN's distance is of one draw of noise per seed. Over "
+        f"{results['gan']['over_noise']['count']} draws per seed it is {every}; smaller differences mean nothing.",
         f"Validation values of the assignment's first solution, and when ours passed them: z of 20 {first[0]}, z of 2 "
         f"{first[1]}, the flow {first[2]}. Its VAEs' images were binarised *statically*, once for all: "
         "not quite comparable.",

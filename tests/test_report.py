@@ -232,7 +232,7 @@ def test_numbers_follow_the_json(checkout):
             "| flow, larger | `code/nf.py --best` | 33.3 | 1.032 bits/dim | 20.1 | 0.750 | 0.625 | 0.020 s |",
             "| real images |  |  |  | 1.5 (1.0 to 2.0) | 0.900 (0.900 to 0.900) | 0.800 (0.700 to 0.900) |  |",
             "Real images: mean and range of 2 random draws of 10,000 training images.",
-            "of one draw of noise a seed. Over 3 draws a seed it is 20.0 (19.0 to 20.9); smaller differences",
+            "of one draw of noise per seed. Over 3 draws per seed it is 20.0 (19.0 to 20.9); smaller differences",
             "- In brackets the range over 3 seeds, after their mean; all else, with all times, is of seed 0.",
             "z of 20 by 500 importance samples, z of 2 by quadrature, the flow prior (z of 32) by 5,000 (standard "
             "errors over images, of z of 20 and the flow prior: 0.50, 0.21). "
