@@ -338,7 +338,7 @@ def device(name: str) -> torch.device:
         if each == "cuda" and processes() > 1:  # before the probe, which would put every process on the first GPU
             wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
             if wanted > there:
-                raise UserError(f"{there} GPUs here are too few for {wanted} processes: start fewer or use --device cpu")
+                raise UserError(f"{there} GPUs here are too few for {wanted} processes: start fewer, or --device cpu")
             torch.cuda.set_device(local_rank())
         try:
             torch.ones(1, device=each).add(1).item()
