@@ -46,6 +46,7 @@ figures: $(VENV)/filled  ## draw again what JSON, weights and checkpoints allow,
 	$(PY) code/vae.py --best --evaluate
 	$(PY) code/gan.py --evaluate
 	$(PY) code/nf.py --evaluate
+	$(PY) code/nf.py --best --evaluate
 
 nf-best: $(VENV)/filled  ## train a larger flow for the record (figures/nf_best*)
 	$(PY) code/nf.py --best
@@ -84,6 +85,9 @@ trial_dropout_twentieth_200 := --dropout 0.05
 trial_dropout_fifth_200 := --dropout 0.2
 trial_batch_128_200 := --dropout 0.1 --batch-size 128
 trial_batch_512_200 := --dropout 0.1 --batch-size 512
+trial_batch_512_growth_200 := --dropout 0.1 --batch-size 512 --growth 4 --fresh-epochs 8
+trial_batch_512_growth_fifth_200 := --dropout 0.2 --batch-size 512 --growth 4 --fresh-epochs 8
+trial_batch_512_double_200 := --dropout 0.1 --batch-size 512 --growth 2 --fresh-epochs 8
 trial_beta2_higher_200 := --dropout 0.1 --betas 0 0.9999
 TRIALS := $(patsubst trial_%,%,$(filter trial_%,$(.VARIABLES)))
 

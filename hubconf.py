@@ -77,6 +77,11 @@ def nf(pretrained: bool = True) -> nn.Module:
     return _model("nf", "nf", pretrained)
 
 
+def nf_best(pretrained: bool = True) -> nn.Module:
+    """The larger normalizing flow of the record run."""
+    return _model("nf", "nf_best", pretrained, "--best")
+
+
 def judge(pretrained: bool = True) -> nn.Module:
     """The classifier in whose features samples are compared: (n, 28, 28) uint8 to features and logits."""
     with _code():

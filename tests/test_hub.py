@@ -10,7 +10,7 @@ import torch
 
 from conftest import ROOT
 
-MODELS = ("vae_z20", "vae_z2", "vae_best", "gan", "nf", "judge")
+MODELS = ("vae_z20", "vae_z2", "vae_best", "gan", "nf", "nf_best", "judge")
 
 
 @pytest.fixture(scope="module")
