@@ -111,9 +111,9 @@ def save_training_curves(
         shown = [row[key] for row in history[1:] for key in keys]
         margin = 0.04 * (max(shown) - min(shown)) or 1
         ax.set_ylim(min(shown) - margin, max(shown) + margin)
-        beside_legend = 0.98, 0.74 if legend.startswith("upper") else 0.26
+        near_legend = 0.98, 0.74 if legend.startswith("upper") else 0.26
         ax.annotate(
-            f"untrained (epoch 0): {history[0][keys[1]]:.4g}, off the scale", beside_legend, xycoords="axes fraction",
+            f"untrained (epoch 0): {history[0][keys[1]]:.4g}, off the scale", near_legend, xycoords="axes fraction",
             ha="right", va="center", color=MARK_COLOUR, fontsize=8,
         )  # fmt: skip
     ax.set(xlabel="epoch", ylabel=ylabel, title=title)
