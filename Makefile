@@ -88,6 +88,8 @@ trial_batch_512_200 := --dropout 0.1 --batch-size 512
 trial_batch_512_growth_200 := --dropout 0.1 --batch-size 512 --growth 4 --fresh-epochs 8
 trial_batch_512_growth_fifth_200 := --dropout 0.2 --batch-size 512 --growth 4 --fresh-epochs 8
 trial_batch_512_double_200 := --dropout 0.1 --batch-size 512 --growth 2 --fresh-epochs 8
+trial_growth_8_seed1_200 := --dropout 0.1 --growth 8 --seed 1 --fresh-epochs 8
+trial_growth_8_seed2_200 := --dropout 0.1 --growth 8 --seed 2 --fresh-epochs 8
 trial_beta2_higher_200 := --dropout 0.1 --betas 0 0.9999
 TRIALS := $(patsubst trial_%,%,$(filter trial_%,$(.VARIABLES)))
 
