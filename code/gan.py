@@ -60,9 +60,9 @@ class GAN(nn.Module):
     z_dim: numbers of noise; leak: slope of every leaky ReLU below 0; dropout: share of D's units that it drops.
     """
 
-    def __init__(self, z_dim: int, leak: float, dropout: float, instance_noise: float = 0.0):
+    def __init__(self, z_dim: int, leak: float, dropout: float):
         super().__init__()
-        self.z_dim, self.instance_noise = z_dim, instance_noise
+        self.z_dim = z_dim
         hidden = (generator_block(units, leak) for units in (128, 256, 512))
         self.generator = nn.Sequential(
             nn.Linear(z_dim, 128), nn.LeakyReLU(leak), *hidden, nn.Linear(1024, mnist.PIXELS), nn.Tanh()
@@ -77,14 +77,12 @@ class GAN(nn.Module):
 
     def discriminate(self, x: Tensor) -> Tensor:
         """Images (batch, 784) in [-1, 1] to the logits of their being real, (batch,)."""
-        if self.training and self.instance_noise:
-            x = x + self.instance_noise * torch.randn_like(x)
         return self.discriminator(x).squeeze(-1)
 
 
 def build(config: dict) -> GAN:
     """The model of a run's config, untrained."""
-    return GAN(config["z_dim"], config["leak"], config["dropout"], config["instance_noise"])
+    return GAN(config["z_dim"], config["leak"], config["dropout"])
 
 
 # Objective
@@ -443,7 +441,6 @@ def flags() -> cli.Parser:
     parser.add_argument("--z-dim", type=count, default=100, metavar="N", help="numbers of noise")
     parser.add_argument("--leak", type=share, default=0.2, metavar="X", help="slope of every leaky ReLU below 0")
     parser.add_argument("--dropout", type=share, default=0.1, metavar="X", help="share of D's units that are dropped")
-    parser.add_argument("--instance-noise", type=float, default=0.0, metavar="X", help="deviation, on all that D sees")
     parser.add_argument(
         "--growth", type=count, default=4, metavar="N", help="factor on --batch-size in the second half of the epochs"
     )
