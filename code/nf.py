@@ -478,11 +478,11 @@ def different_pairs(data: mnist.Data) -> tuple[Tensor, Tensor]:
 def flags() -> cli.Parser:
     """The script's flags, with the report's settings as defaults."""
     parser = cli.Parser(__doc__, BEST)
-    cli.add_flags(parser, epochs=40, batch_size=96, lr=8e-3, betas=(0.9, 0.99))
+    cli.add_flags(parser, epochs=32, batch_size=96, lr=8e-3, betas=(0.9, 0.99))
     count, share, size = cli.positive_int, cli.open_fraction, cli.positive_float
     parser.add_argument("--levels", type=count, choices=range(1, 5), default=4, metavar="N", help="of the checkerboard")
     parser.add_argument("--couplings", type=cli.layers, default=3, metavar="N", help="on each level")
-    parser.add_argument("--hidden", type=count, default=24, metavar="N", help="channels of the networks")
+    parser.add_argument("--hidden", type=count, default=32, metavar="N", help="channels of the networks")
     parser.add_argument("--blocks", type=count, default=2, metavar="N", help="residual blocks of the conditioners")
     parser.add_argument("--components", type=cli.nonnegative_int, default=8, metavar="J", help="logistics; 0: none")
     parser.add_argument("--noise", choices=("learned", "uniform"), default="learned", help="what dequantises images")
