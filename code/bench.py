@@ -64,10 +64,10 @@ class Case:
     args: Namespace
     images: Tensor  # (n, ...) uint8, an epoch's
     model: nn.Module
-    optimizer: object
     step: Callable[[Tensor], object]  # a training step of the script, on the batch's indices
     textbook: Callable[[Tensor], None]  # the textbook's, of a second model, on images (batch, 1, 28, 28) in [0, 1]
     steps: int  # of training in one measurement
+    set_lr: Callable[[float], None] | None = None  # the script's learning rate from the next step on, if it changes
 
 
 def vae_case(images: Tensor, *flags: str) -> Case:
@@ -80,7 +80,7 @@ def vae_case(images: Tensor, *flags: str) -> Case:
     def step(index: Tensor) -> Tensor:
         return vae.training_step(model, optimizer, images, index, args.gradient == "stopped", args.clip)
 
-    return Case(args, images, model, optimizer, step, textbook, 40)
+    return Case(args, images, model, step, textbook, 40, functools.partial(training.set_lr, optimizer))
 
 
 def vae_textbook(model: vae.VAE, adam: torch.optim.Adam) -> Callable[[Tensor], None]:
@@ -132,20 +132,21 @@ def gan_case(images: Tensor, *flags: str) -> Case:
     def step(index: Tensor) -> Tensor:
         return gan.training_step(model, optimizers, images, index, 1 - args.decay)
 
-    return Case(args, images, model, optimizers, step, textbook, 40)
+    return Case(args, images, model, step, textbook, 40)
 
 
 def nf_case(images: Tensor, *flags: str) -> Case:
     """nf.py on images (n, 28, 28) uint8."""
     args = nf.flags().parse_args(flags)
     model, plain = (nf.build(cli.settings(args)).to(images.device) for _ in range(2))
-    optimizer = training.adam(model.parameters(), args.lr, betas=args.betas)
-    textbook = nf_textbook(plain, torch.optim.Adam(plain.parameters(), lr=args.lr, betas=args.betas), args.clip)
+    optimizers = nf.make_optimizers(model, args.lr, args.betas)
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-3, betas=args.betas)
+    textbook = nf_textbook(plain, adam, args.clip)
 
     def step(index: Tensor) -> tuple[Tensor, ...]:
-        return nf.training_step(model, optimizer, images, index, args.clip)
+        return nf.training_step(model, optimizers, images, index, args.clip)
 
-    return Case(args, images, model, optimizer, step, textbook, 10)
+    return Case(args, images, model, step, textbook, 10, functools.partial(nf.set_lr, optimizers))
 
 
 def nf_textbook(model: nn.Module, adam: torch.optim.Adam, clip: float) -> Callable[[Tensor], None]:
@@ -345,7 +346,7 @@ def in_parts(case: Case, parts: int) -> Callable[[], None]:
     def train() -> None:
         for step, index in itertools.islice(numbered, -(-steps // parts)):
             factor = training.warmup_cosine(min(step, last), args.epochs * steps, args.warmup)
-            training.set_lr(case.optimizer, args.lr * factor)
+            case.set_lr(args.lr * factor)
             case.step(index)
 
     return train

@@ -38,15 +38,19 @@ def captured_step(script: str, device: torch.device) -> tuple[list[torch.Tensor]
         optimizers = gan.make_optimizers(model, 1e-3, (0.0, 0.999))
         step = training.CapturedStep(lambda *batch: gan.training_step(model, optimizers, flat, *batch), device)
         return list(model.state_dict().values()), lambda index, number: step(index, 0.5 - number / 100)
-    optimizer = training.adam(model.parameters(), 1e-3)
-    plain = {
-        "vae": lambda index: vae.training_step(model, optimizer, flat, index, True, 500.0),
-        "nf": lambda index: nf.training_step(model, optimizer, images, index, 100.0),
-    }
-    step = training.CapturedStep(plain[script], device)
+    if script == "vae":
+        optimizer = training.adam(model.parameters(), 1e-3)
+        step = training.CapturedStep(
+            lambda index: vae.training_step(model, optimizer, flat, index, True, 500.0), device
+        )
+        set_lr = functools.partial(training.set_lr, optimizer)
+    else:
+        optimizers = nf.make_optimizers(model, 1e-3, (0.9, 0.99))
+        step = training.CapturedStep(lambda index: nf.training_step(model, optimizers, images, index, 100.0), device)
+        set_lr = functools.partial(nf.set_lr, optimizers)
 
     def scheduled(index: torch.Tensor, number: int) -> object:
-        training.set_lr(optimizer, 1e-3 / (1 + number))
+        set_lr(1e-3 / (1 + number))
         return step(index)
 
     return list(model.state_dict().values()), scheduled
@@ -120,6 +124,39 @@ def test_adam_is_torchs_and_keeps_its_settings_when_it_is_loaded():
     (group,) = again.param_groups
     assert group["lr"] == 0.25 and type(group["lr"]) is float and group["capturable"] is False
     assert group["betas"] == (0.5, 0.9)
+
+
+def test_the_orthogonal_matrix_has_the_same_singular_vectors():
+    """And values near 1 in place of values that differ a hundredfold, whether it is wide or tall."""
+    torch.manual_seed(0)
+    for rows, columns in ((5, 5), (4, 9), (9, 4)):
+        u, _, v = torch.linalg.svd(torch.randn(3, rows, columns), full_matrices=False)
+        values = torch.logspace(1, -1, min(rows, columns))
+        inside = u.mT @ training.orthogonal((u * values) @ v) @ v.mT
+        found = inside.diagonal(dim1=1, dim2=2)
+        assert found.min() > 0.65 and found.max() < 1.25
+        torch.testing.assert_close(inside, torch.diag_embed(found), rtol=0, atol=1e-4)
+
+
+def test_muon_is_torchs_but_for_its_precision_and_knows_convolutions():
+    """Torch's takes matrices alone, and computes in bfloat16. Among weights of one shape each has its own step."""
+    torch.manual_seed(0)
+    shapes = (6, 2, 3, 3), (6, 2, 3, 3), (9, 5, 1, 1)
+    ours = [torch.nn.Parameter(torch.randn(shape).to(memory_format=torch.channels_last)) for shape in shapes]
+    theirs = [torch.nn.Parameter(each.detach().flatten(1).clone()) for each in ours]
+    before = [each.detach().clone() for each in theirs]
+    muon = training.Muon(ours, 0.1)
+    other = torch.optim.Muon(theirs, lr=0.1, momentum=0.95, weight_decay=0)
+    for rate in (0.1, 0.1, 0.05):
+        training.set_lr(muon, rate)
+        training.set_lr(other, rate)
+        for mine, its in zip(ours, theirs):
+            mine.grad = torch.randn_like(mine)
+            its.grad = mine.grad.flatten(1)
+        muon.step()
+        other.step()
+    for mine, its, start in zip(ours, theirs, before):
+        assert (mine.flatten(1) - its).norm() < 0.03 * (its - start).norm()
 
 
 def test_only_matrices_decay():
