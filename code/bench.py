@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import cli  # before torch is loaded
 
@@ -188,11 +189,12 @@ class _Products(TorchDispatchMode):
 
 def products(case: Case) -> tuple[Callable[[Tensor], None], int]:
     """A function that repeats a training step's matrix products and convolutions and nothing else, whatever the batch's
-    indices; and their floating-point operations for each image, a multiply-add being two.
+    indices; and their floating-point operations for each image, a multiply-add being two. Muon's are not among them.
     """
     index = torch.arange(case.args.batch_size, device=case.images.device)
     case.step(index)  # an optimizer's first makes its state
-    with FlopCounterMode(display=False) as counter, _Products() as kept:
+    without_muon = mock.patch.object(training, "orthogonal", torch.zeros_like)
+    with without_muon, FlopCounterMode(display=False) as counter, _Products() as kept:
         case.step(index)
 
     def repeat(index: Tensor) -> None:
