@@ -46,7 +46,10 @@ def main(argv=None):
         whole = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         assert max(float(each.abs().max()) for each in whole) > 1e-3
         model.zero_grad()
-        training.adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+        if model is models[1]:
+            nf.make_optimizers(model, 1e-3, (0.9, 0.99))
+        else:
+            training.adam([p for p in model.parameters() if p.requires_grad], 1e-3)
         loss(training.share(torch.arange(8))).backward()
         shared = [p.grad for p in model.parameters() if p.grad is not None]
         assert len(whole) == len(shared)
