@@ -141,8 +141,7 @@ def nf_case(images: Tensor, *flags: str) -> Case:
     args = nf.flags().parse_args(flags)
     model, plain = (nf.build(cli.settings(args)).to(images.device) for _ in range(2))
     optimizers = nf.make_optimizers(model, args.lr, args.betas)
-    adam = torch.optim.Adam(plain.parameters(), lr=1e-3, betas=args.betas)
-    textbook = nf_textbook(plain, adam, args.clip)
+    textbook = nf_textbook(plain, torch.optim.Adam(plain.parameters(), lr=1e-3, betas=args.betas), args.clip)
 
     def step(index: Tensor) -> tuple[Tensor, ...]:
         return nf.training_step(model, optimizers, images, index, args.clip)
@@ -347,8 +346,7 @@ def in_parts(case: Case, parts: int) -> Callable[[], None]:
 
     def train() -> None:
         for step, index in itertools.islice(numbered, -(-steps // parts)):
-            factor = training.warmup_cosine(min(step, last), args.epochs * steps, args.warmup)
-            case.set_lr(args.lr * factor)
+            case.set_lr(args.lr * training.warmup_cosine(min(step, last), args.epochs * steps, args.warmup))
             case.step(index)
 
     return train

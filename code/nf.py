@@ -328,8 +328,7 @@ def draw_batch(images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 def make_optimizers(model: Flow, lr: float, betas: tuple[float, float]) -> tuple[Optimizer, Optimizer]:
     """Muon for the weights of the convolutions, and for all else Adam at ADAM_SHARE of its rate."""
     weights = [each.weight for each in model.modules() if isinstance(each, nn.Conv2d)]
-    kept = {id(each) for each in weights}
-    others = [each for each in model.parameters() if id(each) not in kept]
+    others = [each for each in model.parameters() if each not in set(weights)]
     return training.Muon(weights, lr), training.adam(others, ADAM_SHARE * lr, betas=betas)
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import cli
 from cli import RunError
 
+MOMENTUM = 0.95  # of Muon
+
 
 def fixed_generator(label: str) -> torch.Generator:
     """A CPU generator for noise that must be the same in every run, seeded by what the noise is for and nothing else.
@@ -65,9 +67,8 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
 def adam(
     parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, **settings: Any
 ) -> torch.optim.Optimizer:
-    """Adam (Kingma & Ba 2015) in one pass over the parameters, whose step a CUDA graph can hold.
+    """Adam (Kingma & Ba 2015) in one pass over the parameters.
 
-    For that its learning rate must be a number on the device. It stays one when the state of a run elsewhere is loaded.
     weight_decay: a step also shrinks matrices, not vectors, by lr * weight_decay of themselves (Loshchilov & Hutter
     2019).
     """
@@ -85,8 +86,8 @@ class Muon(torch.optim.Optimizer):
     U S V^T, is replaced by U V^T, as nearly as `orthogonal` finds it, times sqrt(max(1, outputs / inputs)).
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(weights, {"lr": lr, "momentum": momentum})
+    def __init__(self, weights: Iterable[nn.Parameter], lr: float):
+        super().__init__(weights, {"lr": lr})
         _prepared(self)
 
     @torch.no_grad()
@@ -98,8 +99,8 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[weight]
                 if not state:
                     state["mean"] = torch.zeros_like(weight)
-                mean = state["mean"].lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(mean, group["momentum"]).flatten(1)  # Nesterov's
+                mean = state["mean"].lerp_(weight.grad, 1 - MOMENTUM)
+                ahead = weight.grad.lerp(mean, MOMENTUM).flatten(1)  # Nesterov's
                 alike.setdefault(ahead.shape, []).append((weight, ahead))
             for (outputs, inputs), same in alike.items():
                 steps = orthogonal(torch.stack([ahead for _, ahead in same])) * max(1, outputs / inputs) ** 0.5
@@ -110,8 +111,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrices: Tensor) -> Tensor:
     """U V^T of matrices U S V^T, (n, rows, columns) to the same, but for singular values between about 0.7 and 1.2.
 
-    Five steps of a polynomial in the singular values that takes them there from all but the smallest (Jordan et al.
-    2024); products of matrices only, so fast on any device.
+    Five steps of a polynomial in the singular values take them there from all but the smallest (Jordan et al. 2024).
     """
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
@@ -122,6 +122,10 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def _prepared(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer, with gradients averaged over the processes, and a step that a CUDA graph can hold.
+
+    For that its learning rate must be a number on the device. It stays one when the state of a run elsewhere is loaded.
+    """
     _match_device(optimizer)
     optimizer.register_load_state_dict_post_hook(_match_device)
     if connected():

@@ -38,19 +38,17 @@ def captured_step(script: str, device: torch.device) -> tuple[list[torch.Tensor]
         optimizers = gan.make_optimizers(model, 1e-3, (0.0, 0.999))
         step = training.CapturedStep(lambda *batch: gan.training_step(model, optimizers, flat, *batch), device)
         return list(model.state_dict().values()), lambda index, number: step(index, 0.5 - number / 100)
-    if script == "vae":
-        optimizer = training.adam(model.parameters(), 1e-3)
-        step = training.CapturedStep(
-            lambda index: vae.training_step(model, optimizer, flat, index, True, 500.0), device
-        )
-        set_lr = functools.partial(training.set_lr, optimizer)
-    else:
+    optimizers = (training.adam(model.parameters(), 1e-3),)
+    if script == "nf":
         optimizers = nf.make_optimizers(model, 1e-3, (0.9, 0.99))
-        step = training.CapturedStep(lambda index: nf.training_step(model, optimizers, images, index, 100.0), device)
-        set_lr = functools.partial(nf.set_lr, optimizers)
+    plain = {
+        "vae": lambda index: vae.training_step(model, *optimizers, flat, index, True, 500.0),
+        "nf": lambda index: nf.training_step(model, optimizers, images, index, 100.0),
+    }
+    step = training.CapturedStep(plain[script], device)
 
     def scheduled(index: torch.Tensor, number: int) -> object:
-        set_lr(1e-3 / (1 + number))
+        nf.set_lr(optimizers, 1e-3 / (1 + number))
         return step(index)
 
     return list(model.state_dict().values()), scheduled
