@@ -31,13 +31,13 @@ import training
 from experiment import Run, log_mean_exp, save_samples, seconds_per_1000
 from training import fixed_generator, fixed_normal
 
-EVALUATION_IMAGES = 5_000  # of the training images, or all if there are fewer
+EVALUATION_IMAGES = 10_000  # of the training images, or all if there are fewer
 EVALUATION_BATCH = 250
 INTERPOLATIONS, POINTS = 8, 9  # rows, and images in a row, both ends included
 TEMPERATURES = (0.7, 0.8, 0.9)  # of samples, besides 1
 BEST = {"epochs": 26, "hidden": 48, "blocks": 3, "components": 16}  # the record run's settings
 FARTHEST = 100.0  # shift of a coupling: an image that one network sends astray must not be sent farther by the next
-ADAM_SHARE = 0.2  # of the learning rate, for what Muon does not move: vectors and the spread of the mixtures
+ADAM_SHARE = 0.2  # of the learning rate, for what Muon does not move: biases, gains, offsets of the mixtures' means
 FLOOR = 1e-6, 0.1  # weight and rate of a logistic around 0 that every mixture has besides its own
 
 

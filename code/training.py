@@ -80,10 +80,11 @@ def adam(
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum that moves a weight as far in each of its directions (Jordan et al. 2024), eq:muon.
+    """Momentum whose step is equally long in all directions of a weight (Jordan et al. 2024), eq:muon.
 
-    weights: (outputs, ...), each the matrix (outputs, inputs) of its flattened rest. A running mean of its gradients,
-    U S V^T, is replaced by U V^T, as nearly as `orthogonal` finds it, times sqrt(max(1, outputs / inputs)).
+    weights: (outputs, ...), each the matrix (outputs, inputs) of its flattened rest. For a mean of its gradients,
+    U S V^T, the step is U V^T, as nearly as `orthogonal` finds it, times sqrt(max(1, outputs / inputs)). Torch's own
+    Muon takes matrices alone, one at a time, in bfloat16.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter], lr: float):
@@ -94,7 +95,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         """One step down the gradients."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # in one product: many small ones are slow
+            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # of one shape, for one product: many small ones are slow
             for weight in group["params"]:
                 state = self.state[weight]
                 if not state:
