@@ -95,15 +95,15 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         """One step down the gradients."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # of one shape, for one product: many small ones are slow
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # one product for each: many small ones are slow
             for weight in group["params"]:
                 state = self.state[weight]
                 if not state:
                     state["mean"] = torch.zeros_like(weight)
                 mean = state["mean"].lerp_(weight.grad, 1 - MOMENTUM)
                 ahead = weight.grad.lerp(mean, MOMENTUM).flatten(1)  # Nesterov's
-                alike.setdefault(ahead.shape, []).append((weight, ahead))
-            for (outputs, inputs), same in alike.items():
+                by_shape.setdefault(ahead.shape, []).append((weight, ahead))
+            for (outputs, inputs), same in by_shape.items():
                 steps = orthogonal(torch.stack([ahead for _, ahead in same])) * max(1, outputs / inputs) ** 0.5
                 for (weight, _), step in zip(same, steps * group["lr"]):
                     weight.sub_(step.view(weight.shape))
