@@ -4,11 +4,11 @@
 
 All parts are timed in alternating rounds, so that drift in the machine's speed affects them alike; figures are medians:
 (1) the ceiling, float32 multiplication of two 1024 x 1024 matrices; (2) a model's training step, the very function that
-its script calls, its floating-point operations counted by PyTorch's own counter, and its products alone; (3) the same
-model and batch size in a textbook loop (a torchvision dataset with ToTensor, a DataLoader, Adam by its default
-implementation, .item() at each step). Then, on a CPU, races of a textbook's VAE and flow against the scripts', until
-validation passes some marks; and time and memory against width, batch size, number of images and threads, each point in
-a process of its own, whose memory is thus its own; and the VAE's speed beside other work (`beside`).
+its script calls, the model's floating-point operations in it, counted by PyTorch's own counter, and its products alone;
+(3) the same model and batch size in a textbook loop (a torchvision dataset with ToTensor, a DataLoader, Adam by its
+default implementation, .item() at each step). Then, on a CPU, races of a textbook's VAE and flow against the scripts',
+until validation passes some marks; and time and memory against width, batch size, number of images and threads, each
+point in a process of its own, whose memory is thus its own; and the VAE's speed beside other work (`beside`).
 """
 
 import functools

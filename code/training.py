@@ -2,7 +2,8 @@
 step, and the processes that torchrun starts.
 
 Of N such processes each takes its share of every batch and draws noise of its own. The optimizers make every gradient
-the mean over the processes as soon as it is there, so a step is that of the whole batch, and all hold the same weights.
+the mean over the processes as soon as it is there, so a step is that of the whole batch, and all hold the same weights,
+to the last bit where processors and threads are alike.
 """
 
 import contextlib
@@ -95,7 +96,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         """One step down the gradients."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # one product for each: many small ones are slow
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # a product for each: many small ones are slow
             for weight in group["params"]:
                 state = self.state[weight]
                 if not state:

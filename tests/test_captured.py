@@ -202,11 +202,12 @@ def test_a_rate_on_the_device_is_changed_in_place():
     assert optimizer.param_groups[0]["lr"] is rate and rate == 0.25
 
 
-def test_on_cuda_adams_rate_is_on_the_device():
+@pytest.mark.parametrize("optimizer_of", [training.adam, training.Muon])
+def test_on_cuda_the_rate_is_on_the_device(optimizer_of):
     """Also when the state is of a run on a CPU. With tensors that know their device and hold no numbers."""
-    state = training.adam([torch.nn.Parameter(torch.ones(2))], 0.1).state_dict()
+    state = optimizer_of([torch.nn.Parameter(torch.ones(2, 2))], 0.1).state_dict()
     with FakeTensorMode():
-        optimizer = training.adam([torch.nn.Parameter(torch.ones(2, device=CUDA))], 0.1)
+        optimizer = optimizer_of([torch.nn.Parameter(torch.ones(2, 2, device=CUDA))], 0.1)
         for loaded in (False, True):
             if loaded:
                 optimizer.load_state_dict(state)
