@@ -114,14 +114,14 @@ def test_the_gradients_are_those_of_one_process(torchrun):
     assert status == 0 and all(f"process {rank} of 2 agrees" in said for rank in (0, 1)), said
 
 
-@pytest.mark.parametrize("script", ["gan", "nf"])
-def test_all_processes_hold_the_same_bits_after_an_epoch(script, torchrun, own, tmp_path):
+@pytest.mark.parametrize(("script", "passes"), [("gan", 3), ("nf", 2)])  # an epoch is two where batches grow
+def test_all_processes_hold_the_same_bits_after_an_epoch(script, passes, torchrun, own, tmp_path):
     status, said = torchrun(BITS, script, *SMALL[script], own, "--out", tmp_path / "out", "--device", "cpu")
     assert status == 0, said
     found = re.findall(r"bits (\d) (\w+) (\d+)", said)
     digests, seeds = ([[row[n] for row in found if row[0] == rank] for rank in "01"] for n in (1, 2))
-    assert len(digests[0]) == 3 and digests[0] == digests[1] and len({*digests[0]}) == 3
-    assert len({*seeds[0], *seeds[1]}) == 6  # noise of every process's own, in every epoch
+    assert len(digests[0]) == passes and digests[0] == digests[1] and len({*digests[0]}) == passes
+    assert len({*seeds[0], *seeds[1]}) == 2 * passes  # noise of every process's own, in every epoch
     assert said.count("  epoch ") == 3  # one of them tells
     content = result_of(tmp_path / "out", f"{script}_own")
     assert content["environment"]["processes"] == 2 and len(content["history"]) == 3
