@@ -100,6 +100,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def connect(device: torch.device) -> None:
     """Join the processes that torchrun started: over gloo on CPUs, over NCCL on CUDA. One alone joins nobody."""
     if cli.processes() > 1:
+        # Imported later, by the first optimizer, its functions' defaults would hold the group and so keep its threads
+        # alive, and one that is alive while Python exits can abort the process.
+        import torch.distributed.nn  # noqa: F401
+
         with together():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         cli.at_end.callback(disconnect)

@@ -17,10 +17,11 @@ from cli import RunError
 from conftest import KILLED, ROOT, SMALL, result_of
 
 PREAMBLE = f"""
-import hashlib, sys
+import hashlib, sys, weakref
 sys.path.insert(0, {str(ROOT / "code")!r})
 import cli
 import torch
+import torch.distributed as dist
 import experiment, gan, judge, nf, training, vae
 torch.set_num_threads(1)
 """
@@ -59,7 +60,11 @@ def main(argv=None):
     means = torch.full((2,), float(cli.rank()))
     training.check_finite(1, loss=means)
     assert means.tolist() == [0.5, 0.5]
-    cli.say(f"process {cli.rank()} of {cli.processes()} agrees")
+    group = weakref.ref(dist.group.WORLD)
+    agrees = f"process {cli.rank()} of {cli.processes()} agrees"
+    training.disconnect()
+    assert group() is None  # and with it its threads, which could abort the exit
+    cli.say(agrees)
 sys.exit(main([]))
 """
 BITS = """
