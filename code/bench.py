@@ -140,7 +140,7 @@ def nf_case(images: Tensor, *flags: str) -> Case:
     """nf.py on images (n, 28, 28) uint8."""
     args = nf.flags().parse_args(flags)
     model, plain = (nf.build(cli.settings(args)).to(images.device) for _ in range(2))
-    optimizers = nf.make_optimizers(model, args.lr, args.betas)
+    optimizers = nf.make_optimizers(model, args.lr, args.betas, args.weight_decay)
     textbook = nf_textbook(plain, torch.optim.Adam(plain.parameters(), lr=1e-3, betas=args.betas), args.clip)
 
     def step(index: Tensor) -> tuple[Tensor, ...]:

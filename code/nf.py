@@ -325,11 +325,13 @@ def draw_batch(images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return images.index_select(0, index), torch.rand(len(index), *images.shape[1:], device=images.device)
 
 
-def make_optimizers(model: Flow, lr: float, betas: tuple[float, float]) -> tuple[Optimizer, Optimizer]:
+def make_optimizers(
+    model: Flow, lr: float, betas: tuple[float, float], weight_decay: float = 0.0
+) -> tuple[Optimizer, Optimizer]:
     """Muon for the weights of the convolutions, and for all else Adam at ADAM_SHARE of its rate."""
     weights = [each.weight for each in model.modules() if isinstance(each, nn.Conv2d)]
     others = [each for each in model.parameters() if each not in set(weights)]
-    return training.Muon(weights, lr), training.adam(others, ADAM_SHARE * lr, betas=betas)
+    return training.Muon(weights, lr, weight_decay), training.adam(others, ADAM_SHARE * lr, betas=betas)
 
 
 def set_lr(optimizers: tuple[Optimizer, Optimizer], lr: float) -> None:
@@ -363,7 +365,7 @@ def train(run: Run, model: Flow, data: mnist.Data) -> None:
     args = run.args
     images = data.train_images
     steps = mnist.steps_per_epoch(len(images), args.batch_size)
-    optimizers = make_optimizers(model, args.lr, args.betas)
+    optimizers = make_optimizers(model, args.lr, args.betas, args.weight_decay)
     run.start(model=model, muon=optimizers[0], adam=optimizers[1])
     take_step = training.CapturedStep(lambda i: training_step(model, optimizers, images, i, args.clip), run.device)
     losses, norms = torch.zeros(2, steps, device=run.device)
@@ -507,6 +509,7 @@ def flags() -> cli.Parser:
     parser.add_argument("--shrink", type=share, default=1e-5, metavar="X", help="of pixels: lambda of eq:logit")
     parser.add_argument("--spread", type=size, default=4.0, metavar="X", help="of a mixture's means at the start")
     parser.add_argument("--limit", type=size, default=7.0, metavar="X", help="of log-weights and log-rates")
+    parser.add_argument("--weight-decay", type=cli.fraction, default=0.1, metavar="X", help="of the convolutions")
     parser.add_argument("--clip", type=size, default=1.0, metavar="X", help="greatest norm of a gradient")
     parser.add_argument("--warmup", type=cli.fraction, default=0.05, metavar="X", help="share of steps until the peak")
     parser.add_argument("--temperature", type=size, default=1.0, metavar="T", help="with --sample: z of N(0, T^2 I)")

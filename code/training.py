@@ -84,12 +84,13 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose step is equally long in all directions of a weight (Jordan et al. 2024), eq:muon.
 
     weights: (outputs, ...), each the matrix (outputs, inputs) of its flattened rest. For a mean of its gradients,
-    U S V^T, the step is U V^T, as nearly as `orthogonal` finds it, times sqrt(max(1, outputs / inputs)). Torch's own
-    Muon takes matrices alone, one at a time, in bfloat16.
+    U S V^T, the step is U V^T, as nearly as `orthogonal` finds it, times sqrt(max(1, outputs / inputs)). With each a
+    weight also shrinks by lr * weight_decay of itself: steps that long would let it grow for ever (Liu et al. 2025).
+    Torch's own Muon takes matrices alone, one at a time, in bfloat16.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], lr: float):
-        super().__init__(weights, {"lr": lr})
+    def __init__(self, weights: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
         _prepared(self)
 
     @torch.no_grad()
@@ -107,7 +108,7 @@ class Muon(torch.optim.Optimizer):
             for (outputs, inputs), same in by_shape.items():
                 steps = orthogonal(torch.stack([ahead for _, ahead in same])) * max(1, outputs / inputs) ** 0.5
                 for (weight, _), step in zip(same, steps * group["lr"]):
-                    weight.sub_(step.view(weight.shape))
+                    weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view(weight.shape))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def test_the_textbook_loop_takes_the_same_step(monkeypatch, script, module, flag
                 parameter.add_(0.01 * torch.randn_like(parameter))  # no layer stays zero
         return models[-1]
 
-    def adam(model: nn.Module, lr: float, betas: tuple[float, float]) -> tuple[torch.optim.Optimizer]:
+    def adam(model: nn.Module, lr: float, betas: tuple[float, float], _: float) -> tuple[torch.optim.Optimizer]:
         return (training.adam(model.parameters(), lr, betas=betas),)
 
     monkeypatch.setattr(module, "build", remember)

@@ -143,8 +143,8 @@ def test_muon_is_torchs_but_for_its_precision_and_knows_convolutions():
     ours = [torch.nn.Parameter(torch.randn(shape).to(memory_format=torch.channels_last)) for shape in shapes]
     theirs = [torch.nn.Parameter(each.detach().flatten(1).clone()) for each in ours]
     before = [each.detach().clone() for each in theirs]
-    muon = training.Muon(ours, 0.1)
-    other = torch.optim.Muon(theirs, lr=0.1, momentum=0.95, weight_decay=0)
+    muon = training.Muon(ours, 0.1, weight_decay=0.3)
+    other = torch.optim.Muon(theirs, lr=0.1, momentum=0.95, weight_decay=0.3)
     for rate in (0.1, 0.1, 0.05):
         training.set_lr(muon, rate)
         training.set_lr(other, rate)
