@@ -53,12 +53,12 @@ nf-best: $(VENV)/filled  ## train a larger flow for the record (figures/nf_best*
 	$(PY) report/collect.py
 
 affine: $(VENV)/filled  ## train the flow with affine maps alone, for as many minutes (figures/nf_affine.json)
-	$(PY) code/nf.py --components 0 --epochs 56 --out out/affine
+	$(PY) code/nf.py --components 0 --epochs 46 --out out/affine
 	cp out/affine/figures/nf.json figures/nf_affine.json
 	$(PY) report/collect.py
 
 uniform: $(VENV)/filled  ## train the flow with uniform noise, for as many minutes (figures/nf_uniform.json)
-	$(PY) code/nf.py --noise uniform --epochs 45 --out out/uniform
+	$(PY) code/nf.py --noise uniform --epochs 43 --out out/uniform
 	cp out/uniform/figures/nf.json figures/nf_uniform.json
 	$(PY) report/collect.py
 

@@ -4,11 +4,11 @@
 
 All parts are timed in alternating rounds, so that drift in the machine's speed affects them alike; figures are medians:
 (1) the ceiling, float32 multiplication of two 1024 x 1024 matrices; (2) a model's training step, the very function that
-its script calls, the model's floating-point operations in it, counted by PyTorch's own counter, and its products alone;
-(3) the same model and batch size in a textbook loop (a torchvision dataset with ToTensor, a DataLoader, Adam by its
-default implementation, .item() at each step). Then, on a CPU, races of a textbook's VAE and flow against the scripts',
-until validation passes some marks; and time and memory against width, batch size, number of images and threads, each
-point in a process of its own, whose memory is thus its own; and the VAE's speed beside other work (`beside`).
+its script calls, its floating-point operations counted by PyTorch's own counter, and its products alone; (3) the same
+model and batch size in a textbook loop (a torchvision dataset with ToTensor, a DataLoader, Adam by its default
+implementation, .item() at each step). Then, on a CPU, races of a textbook's VAE and flow against the scripts', until
+validation passes some marks; and time and memory against width, batch size, number of images and threads, each point in
+a process of its own, whose memory is thus its own; and the VAE's speed beside other work (`beside`).
 """
 
 import functools
@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import cli  # before torch is loaded
 
@@ -65,10 +64,10 @@ class Case:
     args: Namespace
     images: Tensor  # (n, ...) uint8, an epoch's
     model: nn.Module
+    optimizer: object
     step: Callable[[Tensor], object]  # a training step of the script, on the batch's indices
     textbook: Callable[[Tensor], None]  # the textbook's, of a second model, on images (batch, 1, 28, 28) in [0, 1]
     steps: int  # of training in one measurement
-    set_lr: Callable[[float], None] | None = None  # the script's learning rate from the next step on, if it changes
 
 
 def vae_case(images: Tensor, *flags: str) -> Case:
@@ -81,7 +80,7 @@ def vae_case(images: Tensor, *flags: str) -> Case:
     def step(index: Tensor) -> Tensor:
         return vae.training_step(model, optimizer, images, index, args.gradient == "stopped", args.clip)
 
-    return Case(args, images, model, step, textbook, 40, functools.partial(training.set_lr, optimizer))
+    return Case(args, images, model, optimizer, step, textbook, 40)
 
 
 def vae_textbook(model: vae.VAE, adam: torch.optim.Adam) -> Callable[[Tensor], None]:
@@ -133,20 +132,20 @@ def gan_case(images: Tensor, *flags: str) -> Case:
     def step(index: Tensor) -> Tensor:
         return gan.training_step(model, optimizers, images, index, 1 - args.decay)
 
-    return Case(args, images, model, step, textbook, 40)
+    return Case(args, images, model, optimizers, step, textbook, 40)
 
 
 def nf_case(images: Tensor, *flags: str) -> Case:
     """nf.py on images (n, 28, 28) uint8."""
     args = nf.flags().parse_args(flags)
     model, plain = (nf.build(cli.settings(args)).to(images.device) for _ in range(2))
-    optimizers = nf.make_optimizers(model, args.lr, args.betas, args.weight_decay)
-    textbook = nf_textbook(plain, torch.optim.Adam(plain.parameters(), lr=1e-3, betas=args.betas), args.clip)
+    optimizer = training.adam(model.parameters(), args.lr, betas=args.betas)
+    textbook = nf_textbook(plain, torch.optim.Adam(plain.parameters(), lr=args.lr, betas=args.betas), args.clip)
 
     def step(index: Tensor) -> tuple[Tensor, ...]:
-        return nf.training_step(model, optimizers, images, index, args.clip)
+        return nf.training_step(model, optimizer, images, index, args.clip)
 
-    return Case(args, images, model, step, textbook, 10, functools.partial(nf.set_lr, optimizers))
+    return Case(args, images, model, optimizer, step, textbook, 10)
 
 
 def nf_textbook(model: nn.Module, adam: torch.optim.Adam, clip: float) -> Callable[[Tensor], None]:
@@ -188,12 +187,11 @@ class _Products(TorchDispatchMode):
 
 def products(case: Case) -> tuple[Callable[[Tensor], None], int]:
     """A function that repeats a training step's matrix products and convolutions and nothing else, whatever the batch's
-    indices; and their floating-point operations for each image, a multiply-add being two. Muon's are not among them.
+    indices; and their floating-point operations for each image, a multiply-add being two.
     """
     index = torch.arange(case.args.batch_size, device=case.images.device)
     case.step(index)  # an optimizer's first makes its state
-    without_muon = mock.patch.object(training, "orthogonal", torch.zeros_like)
-    with without_muon, FlopCounterMode(display=False) as counter, _Products() as kept:
+    with FlopCounterMode(display=False) as counter, _Products() as kept:
         case.step(index)
 
     def repeat(index: Tensor) -> None:
@@ -346,7 +344,8 @@ def in_parts(case: Case, parts: int) -> Callable[[], None]:
 
     def train() -> None:
         for step, index in itertools.islice(numbered, -(-steps // parts)):
-            case.set_lr(args.lr * training.warmup_cosine(min(step, last), args.epochs * steps, args.warmup))
+            factor = training.warmup_cosine(min(step, last), args.epochs * steps, args.warmup)
+            training.set_lr(case.optimizer, args.lr * factor)
             case.step(index)
 
     return train

@@ -311,7 +311,7 @@ def add_flags(
     """The flags that every model's script has, with the report's values as defaults."""
     parser.add_argument("--epochs", type=positive_int, default=epochs, metavar="N", help="passes over the data")
     parser.add_argument("--batch-size", type=positive_int, default=batch_size, metavar="N", help="images in a step")
-    parser.add_argument("--lr", type=positive_float, default=lr, metavar="X", help="(peak) learning rate")
+    parser.add_argument("--lr", type=positive_float, default=lr, metavar="X", help="Adam's (peak) learning rate")
     parser.add_argument("--betas", type=fraction, nargs=2, default=[*betas], metavar="X", help="Adam's decay rates")
     parser.add_argument("--seed", type=nonnegative_int, default=0, metavar="N", help="fixes the run's random numbers")
     add_data_flags(parser)

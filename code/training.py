@@ -1,9 +1,8 @@
-"""What any training needs: noise, the learning rate, Adam and Muon, averaged weights, paths through noise, the captured
-step, and the processes that torchrun starts.
+"""What any training needs: noise, the learning rate, Adam, averaged weights, paths through noise, the captured step,
+and the processes that torchrun starts.
 
-Of N such processes each takes its share of every batch and draws noise of its own. The optimizers make every gradient
-the mean over the processes as soon as it is there, so a step is that of the whole batch, and all hold the same weights,
-to the last bit where processors and threads are alike.
+Of N such processes each takes its share of every batch and draws noise of its own. `adam` makes every gradient the mean
+over the processes as soon as it is there, so a step is that of the whole batch, and all hold the same weights.
 """
 
 import contextlib
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 
 import cli
 from cli import RunError
-
-MOMENTUM = 0.95  # of Muon
 
 
 def fixed_generator(label: str) -> torch.Generator:
@@ -68,8 +65,9 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
 def adam(
     parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, **settings: Any
 ) -> torch.optim.Optimizer:
-    """Adam (Kingma & Ba 2015) in one pass over the parameters.
+    """Adam (Kingma & Ba 2015) in one pass over the parameters, whose step a CUDA graph can hold.
 
+    For that its learning rate must be a number on the device. It stays one when the state of a run elsewhere is loaded.
     weight_decay: a step also shrinks matrices, not vectors, by lr * weight_decay of themselves (Loshchilov & Hutter
     2019).
     """
@@ -77,64 +75,12 @@ def adam(
     matrices = {"params": [each for each in parameters if each.ndim > 1], "weight_decay": weight_decay}
     vectors = {"params": [each for each in parameters if each.ndim <= 1]}
     groups = [matrices, vectors] if weight_decay else parameters
-    return _prepared(torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True, **settings))
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose step is equally long in all directions of a weight (Jordan et al. 2024), eq:muon.
-
-    weights: (outputs, ...), each the matrix (outputs, inputs) of its flattened rest. For a mean of its gradients,
-    U S V^T, the step is U V^T, as nearly as `orthogonal` finds it, times sqrt(max(1, outputs / inputs)). With each a
-    weight also shrinks by lr * weight_decay of itself: steps that long would let it grow for ever (Liu et al. 2025).
-    Torch's own Muon takes matrices alone, one at a time, in bfloat16.
-    """
-
-    def __init__(self, weights: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
-        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
-        _prepared(self)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One step down the gradients."""
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # a product for each: many small ones are slow
-            for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["mean"] = torch.zeros_like(weight)
-                mean = state["mean"].lerp_(weight.grad, 1 - MOMENTUM)
-                ahead = weight.grad.lerp(mean, MOMENTUM).flatten(1)  # Nesterov's
-                by_shape.setdefault(ahead.shape, []).append((weight, ahead))
-            for (outputs, inputs), same in by_shape.items():
-                steps = orthogonal(torch.stack([ahead for _, ahead in same])) * max(1, outputs / inputs) ** 0.5
-                for (weight, _), step in zip(same, steps * group["lr"]):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view(weight.shape))
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """U V^T of matrices U S V^T, (n, rows, columns) to the same, but for singular values between about 0.7 and 1.2.
-
-    Five steps of a polynomial in the singular values take them there from all but the smallest (Jordan et al. 2024).
-    """
-    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return x if wide is matrices else x.mT
-
-
-def _prepared(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer, with gradients averaged over the processes, and a step that a CUDA graph can hold.
-
-    For that its learning rate must be a number on the device. It stays one when the state of a run elsewhere is loaded.
-    """
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True, **settings)
     _match_device(optimizer)
     optimizer.register_load_state_dict_post_hook(_match_device)
     if connected():
-        for group in optimizer.param_groups:
-            for each in group["params"]:
-                each.register_post_accumulate_grad_hook(lambda parameter: average(parameter.grad))
+        for each in parameters:
+            each.register_post_accumulate_grad_hook(lambda parameter: average(parameter.grad))
     return optimizer
 
 

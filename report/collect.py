@@ -46,8 +46,8 @@ NAMES = {
 # place of minutes.
 VARIANTS = {
     "nf": [
-        ("nf_uniform", "flow, uniform noise", "code/nf.py --noise uniform --epochs 45", "about as many"),
-        ("nf_affine", "flow, affine maps alone", "code/nf.py --components 0 --epochs 56", "about as many"),
+        ("nf_uniform", "flow, uniform noise", "code/nf.py --noise uniform --epochs 43", "about as many"),
+        ("nf_affine", "flow, affine maps alone", "code/nf.py --components 0 --epochs 46", "about as many"),
         ("nf_best", "flow, larger", "code/nf.py --best", "partly on a GPU"),
     ],
 }

@@ -38,17 +38,15 @@ def captured_step(script: str, device: torch.device) -> tuple[list[torch.Tensor]
         optimizers = gan.make_optimizers(model, 1e-3, (0.0, 0.999))
         step = training.CapturedStep(lambda *batch: gan.training_step(model, optimizers, flat, *batch), device)
         return list(model.state_dict().values()), lambda index, number: step(index, 0.5 - number / 100)
-    optimizers = (training.adam(model.parameters(), 1e-3),)
-    if script == "nf":
-        optimizers = nf.make_optimizers(model, 1e-3, (0.9, 0.99))
+    optimizer = training.adam(model.parameters(), 1e-3)
     plain = {
-        "vae": lambda index: vae.training_step(model, *optimizers, flat, index, True, 500.0),
-        "nf": lambda index: nf.training_step(model, optimizers, images, index, 100.0),
+        "vae": lambda index: vae.training_step(model, optimizer, flat, index, True, 500.0),
+        "nf": lambda index: nf.training_step(model, optimizer, images, index, 100.0),
     }
     step = training.CapturedStep(plain[script], device)
 
     def scheduled(index: torch.Tensor, number: int) -> object:
-        nf.set_lr(optimizers, 1e-3 / (1 + number))
+        training.set_lr(optimizer, 1e-3 / (1 + number))
         return step(index)
 
     return list(model.state_dict().values()), scheduled
@@ -124,39 +122,6 @@ def test_adam_is_torchs_and_keeps_its_settings_when_it_is_loaded():
     assert group["betas"] == (0.5, 0.9)
 
 
-def test_the_orthogonal_matrix_has_the_same_singular_vectors():
-    """And values near 1 in place of values that differ a hundredfold, whether it is wide or tall."""
-    torch.manual_seed(0)
-    for rows, columns in ((5, 5), (4, 9), (9, 4)):
-        u, _, v = torch.linalg.svd(torch.randn(3, rows, columns), full_matrices=False)
-        values = torch.logspace(1, -1, min(rows, columns))
-        inside = u.mT @ training.orthogonal((u * values) @ v) @ v.mT
-        found = inside.diagonal(dim1=1, dim2=2)
-        assert found.min() > 0.65 and found.max() < 1.25
-        torch.testing.assert_close(inside, torch.diag_embed(found), rtol=0, atol=1e-4)
-
-
-def test_muon_is_torchs_but_for_its_precision_and_knows_convolutions():
-    """Torch's takes matrices alone, and computes in bfloat16. Among weights of one shape each has its own step."""
-    torch.manual_seed(0)
-    shapes = (6, 2, 3, 3), (6, 2, 3, 3), (9, 5, 1, 1)
-    ours = [torch.nn.Parameter(torch.randn(shape).to(memory_format=torch.channels_last)) for shape in shapes]
-    theirs = [torch.nn.Parameter(each.detach().flatten(1).clone()) for each in ours]
-    before = [each.detach().clone() for each in theirs]
-    muon = training.Muon(ours, 0.1, weight_decay=0.3)
-    other = torch.optim.Muon(theirs, lr=0.1, momentum=0.95, weight_decay=0.3)
-    for rate in (0.1, 0.1, 0.05):
-        training.set_lr(muon, rate)
-        training.set_lr(other, rate)
-        for mine, its in zip(ours, theirs):
-            mine.grad = torch.randn_like(mine)
-            its.grad = mine.grad.flatten(1)
-        muon.step()
-        other.step()
-    for mine, its, start in zip(ours, theirs, before):
-        assert (mine.flatten(1) - its).norm() < 0.03 * (its - start).norm()
-
-
 def test_only_matrices_decay():
     """By the rate times the decay, apart from Adam's own step, which is zero here."""
     matrix, vector = (torch.nn.Parameter(torch.full(shape, 2.0)) for shape in ((2, 2), (2,)))
@@ -202,12 +167,11 @@ def test_a_rate_on_the_device_is_changed_in_place():
     assert optimizer.param_groups[0]["lr"] is rate and rate == 0.25
 
 
-@pytest.mark.parametrize("optimizer_of", [training.adam, training.Muon])
-def test_on_cuda_the_rate_is_on_the_device(optimizer_of):
+def test_on_cuda_adams_rate_is_on_the_device():
     """Also when the state is of a run on a CPU. With tensors that know their device and hold no numbers."""
-    state = optimizer_of([torch.nn.Parameter(torch.ones(2, 2))], 0.1).state_dict()
+    state = training.adam([torch.nn.Parameter(torch.ones(2))], 0.1).state_dict()
     with FakeTensorMode():
-        optimizer = optimizer_of([torch.nn.Parameter(torch.ones(2, 2, device=CUDA))], 0.1)
+        optimizer = training.adam([torch.nn.Parameter(torch.ones(2, device=CUDA))], 0.1)
         for loaded in (False, True):
             if loaded:
                 optimizer.load_state_dict(state)

@@ -237,9 +237,9 @@ def test_numbers_follow_the_json(checkout):
             "z of 20 by 500 importance samples, z of 2 by quadrature, the flow prior (z of 32) by 5,000 (standard "
             "errors over images, of z of 20 and the flow prior: 0.50, 0.21). "
             "Test ELBO -1.00 (-1.00 to -1.00), -1.00, -1.00 (-1.00 to -1.00).",
-            "| flow, uniform noise | `code/nf.py --noise uniform --epochs 45` | about as many "
+            "| flow, uniform noise | `code/nf.py --noise uniform --epochs 43` | about as many "
             "| 1.032 bits/dim | 20.1 |",
-            "| flow, affine maps alone | `code/nf.py --components 0 --epochs 56` | about as many "
+            "| flow, affine maps alone | `code/nf.py --components 0 --epochs 46` | about as many "
             "| 1.032 bits/dim | 20.1 |",
             "grey values, 8 draws of the noise; with one 1.046, the larger flow's 1.046.",
             "first solution, and when ours passed them: z of 20 -101.7 after 9 s, z of 2 -151.2 after 3 s, the flow "
