@@ -100,8 +100,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def connect(device: torch.device) -> None:
     """Join the processes that torchrun started: over gloo on CPUs, over NCCL on CUDA. One alone joins nobody."""
     if cli.processes() > 1:
-        # Imported later, by the first optimizer, its functions' defaults would hold the group and so keep its threads
-        # alive, and one that is alive while Python exits can abort the process.
+        # The first optimizer imports this module anyway. Once there is a group, its functions would hold it as a
+        # default, so its threads would outlive it, and a thread that is left when Python exits can abort the process.
         import torch.distributed.nn  # noqa: F401
 
         with together():

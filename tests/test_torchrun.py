@@ -61,10 +61,9 @@ def main(argv=None):
     training.check_finite(1, loss=means)
     assert means.tolist() == [0.5, 0.5]
     group = weakref.ref(dist.group.WORLD)
-    agrees = f"process {cli.rank()} of {cli.processes()} agrees"
     training.disconnect()
     assert group() is None  # and with it its threads, which could abort the exit
-    cli.say(agrees)
+    cli.say(f"process {cli.rank()} of {cli.processes()} agrees")
 sys.exit(main([]))
 """
 BITS = """
