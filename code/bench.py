@@ -1,6 +1,6 @@
 """How near the machine's limit training runs, how far from a textbook loop, and how its cost grows.
 
-    python code/bench.py        # forty minutes; writes figures/bench.json and bench_growth, prints its table
+    python code/bench.py        # an hour or so; writes figures/bench.json and bench_growth, prints its table
 
 All parts are timed in alternating rounds, so that drift in the machine's speed affects them alike; figures are medians:
 (1) the ceiling, float32 multiplication of two 1024 x 1024 matrices; (2) a model's training step, the very function that
